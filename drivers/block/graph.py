@@ -1,0 +1,137 @@
+"""Opening nodes from an option tree, and finding open ones by name."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import trio
+
+from drivers.block.node import Node, OpenFlags
+from drivers.errors import OptionError
+from drivers.options.schema import Options, Tree, Value
+
+
+class Driver(Protocol):
+    """What the catalog's rows lead to; a Node class with open() is one."""
+
+    driver_name: str
+
+    async def open(self, context: OpenContext, options: Options, /) -> Node:
+        """Open a node from its own options; leave none behind that it knows."""
+        ...
+
+
+class DriverCatalog(Protocol):
+    def driver(self, name: str) -> Driver:
+        """The driver of that name, imported now. Raises OptionError."""
+        ...
+
+
+# Nested children deeper than this are an attack or a mistake.
+MAX_DEPTH = 200
+
+
+@dataclass
+class OpenContext:
+    """What a driver's open() may need: its generic flags, its name, and a way to its children."""
+
+    graph: Graph
+    flags: OpenFlags
+    name: str
+    # The format was found by probing, not named by the user (raw protects its first sector then).
+    probed: bool = False
+    depth: int = 0
+    opened: list[Node] = field(default_factory=list)
+
+    async def child(self, options: Options, role: str = "file") -> Node:
+        """The node that the option `role` describes or names; to be attached with Node.use()."""
+        reference = options.reference(role)
+        if reference is None:
+            raise OptionError(f"{options.owner}: the option '{role}' is missing")
+        if isinstance(reference, str):
+            return self.graph.node(reference)
+        inherited = replace(self.flags, detect_zeroes="off", discard=True)
+        node = await self.graph.open(reference, inherited, depth=self.depth + 1)
+        self.opened.append(node)
+        return node
+
+
+class Graph:
+    """The open nodes of one program, by name. Nothing is shared between two graphs."""
+
+    def __init__(self, catalog: DriverCatalog) -> None:
+        self.catalog = catalog
+        self.nodes: dict[str, Node] = {}
+        self._numbers = itertools.count()
+
+    def node(self, name: str) -> Node:
+        try:
+            return self.nodes[name]
+        except KeyError:
+            raise OptionError(f"Cannot find device='' nor node-name='{name}'") from None
+
+    async def open(
+        self,
+        tree: Mapping[str, Value],
+        flags: OpenFlags | None = None,
+        *,
+        probed: bool = False,
+        depth: int = 0,
+    ) -> Node:
+        """Open the node that `tree` describes, children first. `flags` are what it inherits;
+        options of its own go before them. On failure nothing stays open."""
+        if depth > MAX_DEPTH:
+            raise OptionError("too many nested block nodes")
+        tree = dict(tree)
+        name, flags = self._generic(tree, flags or OpenFlags())
+        driver_name = tree.pop("driver", None)
+        if not isinstance(driver_name, str):
+            raise OptionError("the option 'driver' is missing")
+        driver = self.catalog.driver(driver_name)
+        context = OpenContext(self, flags, name, probed=probed, depth=depth)
+        options = Options(tree, owner=f"Block driver '{driver_name}'")
+        node: Node | None = None
+        try:
+            node = await driver.open(context, options)
+            options.finish()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                for orphan in [node, *context.opened]:
+                    if orphan is not None and not orphan.parents:
+                        await orphan.aclose()
+            raise
+        self.nodes[name] = node
+        node.on_close(lambda: self.nodes.pop(name, None))
+        return node
+
+    def _generic(self, tree: Tree, inherited: OpenFlags) -> tuple[str, OpenFlags]:
+        """Take the options that every node has out of `tree`."""
+        common = Options({key: tree.pop(key) for key in _GENERIC if key in tree}, owner="Block node")
+        name = common.string("node-name", "")
+        if name in self.nodes:
+            raise OptionError(f"Duplicate nodes with node-name='{name}'")
+        cache = Options(common.subtree("cache"), owner="Block node")
+        flags = OpenFlags(
+            read_only=common.boolean("read-only", inherited.read_only),
+            auto_read_only=common.boolean("auto-read-only", inherited.auto_read_only),
+            force_share=common.boolean("force-share", inherited.force_share),
+            direct=cache.boolean("direct", inherited.direct),
+            no_flush=cache.boolean("no-flush", inherited.no_flush),
+            discard=common.choice("discard", _DISCARD, _DISCARD[inherited.discard]) in ("unmap", "on"),
+            detect_zeroes=common.choice("detect-zeroes", ("off", "on", "unmap"), inherited.detect_zeroes),  # type: ignore[arg-type]
+        )
+        cache.finish()
+        if flags.detect_zeroes == "unmap" and not flags.discard:
+            raise OptionError(
+                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
+            )
+        if flags.force_share and not flags.read_only:
+            raise OptionError("force-share=on can only be used with read-only images")
+        return name or f"#block{next(self._numbers):03d}", flags
+
+
+_GENERIC = ("node-name", "read-only", "auto-read-only", "force-share", "cache", "discard", "detect-zeroes")
+_DISCARD = ("ignore", "unmap", "off", "on")

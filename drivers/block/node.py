@@ -1,0 +1,405 @@
+"""The node contract: what every format, protocol and filter is to the rest of the program.
+
+The public operations are final. They check liveness, range and permission, align, track what is
+in flight and emulate what a driver lacks; a driver implements the hooks whose names begin with an
+underscore and never checks a range. The least a driver needs is `_read_into`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar, Literal
+
+import trio
+
+from drivers.block.edge import Edge, attach
+from drivers.block.extents import Extent, ExtentFlags, Span, clipped, merged
+from drivers.block.limits import MAX_REQUEST, MAX_SIZE, Limits
+from drivers.block.permission import ALL, NONE, Permission
+from drivers.block.requests import Request, RequestTracker
+from drivers.errors import OptionError, RequestError
+
+Buffer = bytes | bytearray | memoryview
+
+# One buffer of zeroes serves every emulated write of zeroes.
+_ZEROES = bytes(1 << 20)
+
+# block_status() describes at most so many extents at once.
+MAX_EXTENTS = 8192
+
+
+class Preallocation(Enum):
+    """How storage behind newly added bytes is treated."""
+
+    OFF = "off"
+    METADATA = "metadata"
+    FALLOC = "falloc"
+    FULL = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFlags:
+    """The options that every node takes, whatever its driver.
+
+    `direct` bypasses the host's page cache, `no_flush` ignores flushes, `discard` lets discards
+    reach storage, `detect_zeroes` turns written zeroes into write_zeroes (and with "unmap" into
+    holes). `auto_read_only` falls back to read-only where writing is not possible. `force_share`
+    opens read-only beside a writer.
+    """
+
+    read_only: bool = False
+    auto_read_only: bool = False
+    force_share: bool = False
+    direct: bool = False
+    no_flush: bool = False
+    discard: bool = False
+    detect_zeroes: Literal["off", "on", "unmap"] = "off"
+
+
+class Node:
+    """An open image, protocol or filter.
+
+    size: bytes. limits: see Limits. Attributes are read-only for users.
+    """
+
+    driver_name: ClassVar[str]
+    # The hook _write honours fua itself; otherwise a flush follows the write.
+    supports_fua: ClassVar[bool] = False
+
+    def __init__(self, *, flags: OpenFlags, size: int, limits: Limits | None = None, name: str = "") -> None:
+        if not 0 <= size <= MAX_SIZE:
+            raise OptionError(f"{self.driver_name}: image size {size} is out of range")
+        self.name = name
+        self.flags = flags
+        self.size = size
+        self.limits = limits or Limits()
+        self.children: dict[str, Edge] = {}
+        self.parents: list[Edge] = []
+        self.requests = RequestTracker()
+        self.closed = False
+        self._close_callbacks: list[Callable[[], object]] = []
+
+    # --- what drivers implement -------------------------------------------------------------
+
+    def _plain(self, offset: int, length: int, /) -> Sequence[Span] | None:
+        """See plain(). The range lies inside the node."""
+        return None
+
+    def _plain_write(self, offset: int, length: int, /) -> Sequence[Span] | None:
+        """See plain_write(). The node is writable and the range lies inside it."""
+        return None
+
+    async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
+        """Fill all of `buffer`."""
+        raise NotImplementedError
+
+    async def _write(self, offset: int, data: memoryview, /, *, fua: bool) -> None:
+        raise RequestError(errno.ENOTSUP)
+
+    async def _write_zeroes(self, offset: int, length: int, /, *, may_unmap: bool, fast: bool) -> None:
+        """Make the range read as zeroes without being sent the zeroes. RequestError(ENOTSUP) where
+        that is not possible: the zeroes are then written. With `fast`, ENOTSUP unless it is
+        quicker than writing."""
+        raise RequestError(errno.ENOTSUP)
+
+    async def _discard(self, offset: int, length: int, /) -> None:
+        """Advice: the range's content is of no more use. ENOTSUP is ignored."""
+        raise RequestError(errno.ENOTSUP)
+
+    async def _flush(self) -> None:
+        """Make every completed write durable."""
+
+    async def _cache(self, offset: int, length: int, /) -> None:
+        """Advice: the range will be read soon."""
+
+    async def _block_status(self, offset: int, length: int, /) -> list[Extent]:
+        """At least one extent, at most MAX_EXTENTS; may describe less than was asked, or more."""
+        return [Extent(length, ExtentFlags.DATA)]
+
+    async def _truncate(self, size: int, /, *, preallocation: Preallocation) -> None:
+        raise RequestError(errno.ENOTSUP, "the image cannot be resized")
+
+    def _child_permissions(
+        self, role: str, needed: Permission, shared: Permission, /
+    ) -> tuple[Permission, Permission]:
+        """What to ask of the child in `role` when the parents ask for `needed` and `shared`.
+        The default suits filters: the same."""
+        return needed, shared
+
+    async def _permissions_changed(self, needed: Permission, shared: Permission, /) -> None:
+        """The sum over all parents is now `needed` and `shared`: pass it on to the children, lock
+        files accordingly, or raise OptionError and leave things as they were."""
+        done: list[tuple[Edge, Permission, Permission]] = []
+        try:
+            for role, edge in self.children.items():
+                before = edge, edge.needed, edge.shared
+                await edge.set_permissions(*self._child_permissions(role, needed, shared))
+                done.append(before)
+        except BaseException:
+            for edge, *old in reversed(done):
+                await edge.set_permissions(*old)
+            raise
+
+    async def _close(self) -> None:
+        """Release what the driver holds. Called once; no request is in flight."""
+
+    # --- the synchronous fast path ----------------------------------------------------------
+
+    def plain(self, offset: int, length: int, /) -> Sequence[Span] | None:
+        """The spans of host files where these bytes lie, in order, or None where that is not
+        known at once. None also tells that the request must be made by read_into(), because
+        somebody has to see it.
+
+        The range must lie inside the node. A span is valid until the caller's next await, unless
+        hold() is called before it.
+        """
+        return None if self.requests.guarded else self._plain(offset, length)
+
+    def plain_write(self, offset: int, length: int, /) -> Sequence[Span] | None:
+        """Like plain(), for bytes that may be overwritten where they lie."""
+        if self.requests.guarded or self.flags.read_only or self.flags.detect_zeroes != "off":
+            return None
+        return self._plain_write(offset, length)
+
+    def hold(self, offset: int, length: int, /) -> Request:
+        """Keep the spans just returned valid until release()."""
+        return self.requests.hold(offset, length)
+
+    def release(self, request: Request, /) -> None:
+        self.requests.finish(request)
+
+    # --- operations -------------------------------------------------------------------------
+
+    async def read_into(self, offset: int, buffer: bytearray | memoryview, /) -> None:
+        """Fill `buffer` from `offset`. Raises RequestError or OSError."""
+        view = memoryview(buffer).cast("B")
+        self._check(offset, len(view))
+        if not view:
+            return
+        request = await self.requests.begin(offset, len(view))
+        try:
+            start, end = self._aligned(offset, len(view))
+            if start == offset and end == offset + len(view):
+                await self._read_into(offset, view)
+            else:
+                bounce = memoryview(bytearray(end - start))
+                await self._read_into(start, bounce)
+                view[:] = bounce[offset - start :][: len(view)]
+        finally:
+            self.requests.finish(request)
+
+    async def write(self, offset: int, data: Buffer, /, *, fua: bool = False) -> None:
+        """Write `data` at `offset`; with `fua` it is durable on return."""
+        view = memoryview(data).cast("B")
+        self._check(offset, len(view), writing=True)
+        if not view:
+            return
+        if self.flags.detect_zeroes != "off" and is_zero(view):
+            unmap = self.flags.detect_zeroes == "unmap"
+            await self.write_zeroes(offset, len(view), fua=fua, may_unmap=unmap)
+            return
+        start, end = self._aligned(offset, len(view))
+        whole = start == offset and end == offset + len(view)
+        request = await self.requests.begin(start, end - start, serialising=not whole)
+        try:
+            if not whole:
+                view = await self._modified(start, end, offset, view)
+            await self._write(start, view, fua=fua and self.supports_fua)
+            if fua and not self.supports_fua:
+                await self._flush()
+        finally:
+            self.requests.finish(request)
+
+    async def write_zeroes(
+        self, offset: int, length: int, /, *, fua: bool = False, may_unmap: bool = True, fast: bool = False
+    ) -> None:
+        """Make the range read as zeroes. `may_unmap` allows a hole to be made; with `fast` it
+        fails with ENOTSUP where it would be no quicker than write()."""
+        self._check(offset, length, writing=True, bounded=False)
+        if not length:
+            return
+        may_unmap = may_unmap and self.flags.discard
+        start, end = self._inner(offset, length)
+        if start > offset or end < offset + length:
+            if fast:
+                raise RequestError(errno.ENOTSUP)
+            if end <= start:
+                start = end = offset + length
+        await self._write_zero_buffers(offset, start - offset)
+        if start < end:
+            request = await self.requests.begin(start, end - start)
+            try:
+                await self._write_zeroes(start, end - start, may_unmap=may_unmap, fast=fast)
+            except OSError as error:
+                if fast or error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
+                    raise
+                emulate = True
+            else:
+                emulate = False
+            finally:
+                self.requests.finish(request)
+            if emulate:
+                await self._write_zero_buffers(start, end - start)
+        await self._write_zero_buffers(end, offset + length - end)
+        if fua:
+            await self._flush()
+
+    async def discard(self, offset: int, length: int, /) -> None:
+        """Advice that the range's content is of no more use; what it reads as is undefined."""
+        self._check(offset, length, writing=True, bounded=False)
+        if not self.flags.discard:
+            return
+        start, end = self._inner(offset, length)
+        if start >= end:
+            return
+        request = await self.requests.begin(start, end - start)
+        try:
+            await self._discard(start, end - start)
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+        finally:
+            self.requests.finish(request)
+
+    async def flush(self) -> None:
+        """Every write that has returned is durable when this returns."""
+        self._check_alive()
+        if not self.flags.no_flush:
+            await self._flush()
+
+    async def cache(self, offset: int, length: int, /) -> None:
+        """Advice that the range will be read soon."""
+        self._check(offset, length, bounded=False)
+        await self._cache(offset, length)
+
+    async def block_status(self, offset: int, length: int, /) -> list[Extent]:
+        """What lies at `offset`: at least one extent (of a range that is not empty), neighbours
+        joined, at most `length` bytes of them; fewer where there are very many."""
+        self._check(offset, length, bounded=False)
+        if not length:
+            return []
+        request = await self.requests.begin(offset, length)
+        try:
+            return clipped(merged(await self._block_status(offset, length)), length)
+        finally:
+            self.requests.finish(request)
+
+    async def truncate(self, size: int, /, *, preallocation: Preallocation = Preallocation.OFF) -> None:
+        """Make the node `size` bytes long; added bytes read as zeroes."""
+        self._check_alive()
+        if self.flags.read_only:
+            raise RequestError(errno.EACCES, "the image is read-only")
+        if not 0 <= size <= MAX_SIZE:
+            raise RequestError(errno.EFBIG)
+        async with self.requests.quiesced():
+            await self._truncate(size, preallocation=preallocation)
+            self.size = size
+
+    async def aclose(self) -> None:
+        """Flush and release the node and, through its edges, its children. Idempotent."""
+        if self.closed:
+            return
+        with trio.CancelScope(shield=True):
+            async with self.requests.quiesced():
+                try:
+                    if not self.flags.read_only:
+                        await self.flush()
+                finally:
+                    self.closed = True
+                    try:
+                        await self._close()
+                    finally:
+                        for edge in reversed(list(self.children.values())):
+                            await edge.detach()
+                        for callback in self._close_callbacks:
+                            callback()
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called once the node is closed."""
+        self._close_callbacks.append(callback)
+
+    # --- permissions ------------------------------------------------------------------------
+
+    async def use(self, role: str, child: Node) -> Node:
+        """Attach `child` in `role`, with the permissions that follow from this node's own."""
+        needed, shared = self._child_permissions(role, *self.cumulative_permissions())
+        await attach(role, child, parent=self, user=self.name, needed=needed, shared=shared)
+        return child
+
+    def cumulative_permissions(self) -> tuple[Permission, Permission]:
+        """What the parents need, together, and what all of them share."""
+        needed, shared = NONE, ALL
+        for edge in self.parents:
+            needed |= edge.needed
+            shared &= edge.shared
+        return needed, shared
+
+    # --- the choke point's parts ------------------------------------------------------------
+
+    def _check_alive(self) -> None:
+        if self.closed:
+            raise RequestError(errno.ENOMEDIUM, "the image is closed")
+
+    def _check(self, offset: int, length: int, *, writing: bool = False, bounded: bool = True) -> None:
+        self._check_alive()
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise RequestError(errno.EINVAL, "the range lies outside the image")
+        if bounded and length > MAX_REQUEST:
+            raise RequestError(errno.EINVAL, "the request is too large")
+        if writing and self.flags.read_only:
+            raise RequestError(errno.EPERM, "the image is read-only")
+
+    def _aligned(self, offset: int, length: int) -> tuple[int, int]:
+        """The smallest aligned range around this one; its end may be the node's instead."""
+        mask = self.limits.request_alignment - 1
+        end = offset + length
+        return offset & ~mask, end if end == self.size else min(self.size, (end + mask) & ~mask)
+
+    def _inner(self, offset: int, length: int) -> tuple[int, int]:
+        """The largest aligned range inside this one; its end may be the node's instead."""
+        mask = self.limits.request_alignment - 1
+        end = offset + length
+        return (offset + mask) & ~mask, end if end == self.size else end & ~mask
+
+    async def _modified(self, start: int, end: int, offset: int, data: memoryview) -> memoryview:
+        """The bytes from `start` to `end` with `data` laid over them; only the edges are read."""
+        mask = self.limits.request_alignment - 1
+        whole = memoryview(bytearray(end - start))
+        head_end = min(end, (offset | mask) + 1) if offset > start else start
+        if head_end > start:
+            await self._read_into(start, whole[: head_end - start])
+        tail_start = max(head_end, (offset + len(data)) & ~mask)
+        if tail_start < end and offset + len(data) < end:
+            await self._read_into(tail_start, whole[tail_start - start :])
+        whole[offset - start :][: len(data)] = data
+        return whole
+
+    async def _write_zero_buffers(self, offset: int, length: int) -> None:
+        zeroes = memoryview(_ZEROES)
+        while length > 0:
+            chunk = min(length, len(zeroes))
+            start, end = self._aligned(offset, chunk)
+            whole = start == offset and end == offset + chunk
+            request = await self.requests.begin(start, end - start, serialising=not whole)
+            try:
+                data = zeroes[:chunk] if whole else await self._modified(start, end, offset, zeroes[:chunk])
+                await self._write(start, data, fua=False)
+            finally:
+                self.requests.finish(request)
+            offset += chunk
+            length -= chunk
+
+
+def is_zero(data: memoryview) -> bool:
+    """Whether all bytes are zero."""
+    # Comparing bytes is memcmp; comparing memoryviews goes item by item. The first few bytes
+    # answer for most data that is not zero.
+    if bytes(data[:64]).count(0) != min(len(data), 64):
+        return False
+    return all(
+        bytes(data[start : start + len(_ZEROES)]) == _ZEROES[: len(data) - start]
+        for start in range(0, len(data), len(_ZEROES))
+    )
