@@ -25,7 +25,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _map(commands)
     _copy(commands)
     _dump(commands)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.module == "map" and arguments.uri is None:
+        # In `map --plot URI` the URI was taken for the file to draw into.
+        if arguments.plot is None or ":" not in arguments.plot:
+            parser.error("map: the following arguments are required: URI")
+        arguments.uri, arguments.plot = arguments.plot, "-"
+    return arguments
 
 
 class _Version(argparse.Action):
@@ -61,7 +67,7 @@ def _info(commands: Any) -> None:
 
 def _map(commands: Any) -> None:
     command = _command(commands, "map", "Show which parts of an export hold data.", module="map")
-    command.add_argument("uri", metavar="URI")
+    command.add_argument("uri", metavar="URI", nargs="?")
     command.add_argument(
         "--context", default="base:allocation", metavar="NAME", help="the metadata context (base:allocation)"
     )

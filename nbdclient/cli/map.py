@@ -21,7 +21,7 @@ def run(arguments: Namespace) -> None:
     extents, size = trio.run(_extents, arguments.uri, arguments.context)
     context = arguments.context
     if arguments.plot:
-        from nbdclient.cli import plot
+        import nbdclient.cli.plot as plot
 
         picture = plot.Picture(size, [(e.offset, e.length, describe(context, e.status)) for e in extents])
         plot.draw(picture, arguments.plot)

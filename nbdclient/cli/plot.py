@@ -27,6 +27,17 @@ _COLOURS: dict[str, Colour] = {
     "unallocated": (225, 225, 225),
     "clean": (225, 225, 225),
 }
+# Where there are no colours.
+_SIGNS = {
+    "data": "#",
+    "local": "#",
+    "dirty": "#",
+    "zero": "-",
+    "hole,zero": ".",
+    "hole": "o",
+    "unallocated": ".",
+    "clean": ".",
+}
 # For kinds without a colour of their own, in the order in which they come.
 _OTHERS: tuple[Colour, ...] = (
     (255, 127, 14),
@@ -101,7 +112,9 @@ def _draw_terminal(picture: Picture) -> None:
     console = Console(highlight=False)
     # Without colours the kinds need signs.
     coloured = console.color_system is not None
-    signs = {kind: "█" if coloured else "#.-+=*o~"[at % 8] for at, kind in enumerate(picture.totals)}
+    signs = {kind: "█" if coloured else _SIGNS.get(kind, "?") for kind in picture.totals}
+    unnamed = (kind for kind, sign in signs.items() if sign == "?")
+    signs |= {kind: "+=*~%@"[at % 6] for at, kind in enumerate(unnamed)}
     width = max(10, console.width - 2)
     bar = Text()
     if coloured:
@@ -199,56 +212,11 @@ def _hex(colour: Colour) -> str:
 
 
 # Letters of three by five dots: each digit is a row, its bits the dots.
-_FONT = dict(
-    zip(
-        "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.%,():-/ ",
-        [
-            "25755",
-            "65656",
-            "34443",
-            "65556",
-            "74647",
-            "74644",
-            "34553",
-            "55755",
-            "72227",
-            "11152",
-            "55655",
-            "44447",
-            "57755",
-            "65555",
-            "25552",
-            "65644",
-            "25573",
-            "65655",
-            "34216",
-            "72222",
-            "55557",
-            "55552",
-            "55775",
-            "55255",
-            "55222",
-            "71247",
-            "75557",
-            "26227",
-            "61247",
-            "61216",
-            "55711",
-            "74616",
-            "34757",
-            "71222",
-            "75757",
-            "75716",
-            "00002",
-            "51245",
-            "00024",
-            "12221",
-            "42224",
-            "02020",
-            "00700",
-            "11244",
-            "00000",
-        ],
-        strict=True,
-    )
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.%,():-/ "
+_SHAPES = (
+    "25755656563444365556746477464434553557557222711152556554444757755"
+    "65555255526564425573656553421672222555575555255775552555522271247"
+    "75557262276124761216557117461634757712227575775716"
+    "000025124500024122214222402020007001124400000"
 )
+_FONT = {letter: _SHAPES[5 * at : 5 * at + 5] for at, letter in enumerate(_LETTERS)}
