@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 import trio
 
-from drivers.errors import Error
+from drivers.errors import Error, OptionError
 from drivers.net.stream import Buffer, Stream
 from drivers.options.nbd_uri import NbdUri, parse_nbd_filename
 from drivers.protocol.nbd.connection import ClientConnection, perform
@@ -214,9 +214,7 @@ async def connect(
     `timeout`, in seconds, is for connecting. Raises OptionError, RequestError or ProtocolError.
     """
     parsed = parse(uri)
-    wishes = Wishes(
-        parsed.export, extended=extended, structured=structured, contexts=contexts, tls=parsed.tls
-    )
+    wishes = Wishes(parsed.export, extended=extended, structured=structured, contexts=contexts)
     opened = [await open_connection(parsed.address, wishes, timeout=timeout)]
     try:
         wanted = min(connections, MAX_CONNECTIONS) - 1
@@ -263,13 +261,16 @@ async def info(uri: str | NbdUri, *, timeout: float | None = None) -> Export:
 
 def parse(uri: str | NbdUri) -> NbdUri:
     """Raises OptionError."""
-    return uri if isinstance(uri, NbdUri) else parse_nbd_filename(uri)
+    parsed = uri if isinstance(uri, NbdUri) else parse_nbd_filename(uri)
+    if parsed.tls:
+        raise OptionError("TLS is not supported yet")
+    return parsed
 
 
 async def _ask(uri: str | NbdUri, question: Callable[[Wishes], Handshake[T]], timeout: float | None) -> T:
     parsed = parse(uri)
     stream = Stream(await parsed.address.connect(timeout))
     try:
-        return await perform(stream, question(Wishes(parsed.export, tls=parsed.tls)))
+        return await perform(stream, question(Wishes(parsed.export)))
     finally:
         stream.close()

@@ -70,9 +70,9 @@ def _as_json(export: Export | ListedExport) -> dict[str, object]:
         for key, flag in _FLAG_KEYS.items():
             found[key] = bool(export.flags & flag)
         found["block_size_advertised"] = export.advertised_blocks
-        found["block_minimum"] = export.minimum_block
-        found["block_preferred"] = export.preferred_block
-        found["block_maximum"] = export.maximum_payload
+        found["block_size_minimum"] = export.minimum_block
+        found["block_size_preferred"] = export.preferred_block
+        found["block_size_maximum"] = export.maximum_payload
         found["contexts"] = list(export.contexts)
     return found
 

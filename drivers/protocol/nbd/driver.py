@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from dataclasses import replace
 
@@ -102,7 +103,7 @@ class NbdNode(Node):
             await self._server.perform(ClientConnection.flush)
 
     async def _cache(self, offset: int, length: int, /) -> None:
-        if self._offers(TransmissionFlag.SEND_CACHE):
+        with contextlib.suppress(RequestError):  # it was mere advice
             await self._server.perform(lambda connection: connection.cache(offset, length))
 
     async def _block_status(self, offset: int, length: int, /) -> list[Extent]:

@@ -143,8 +143,8 @@ def difference(before: Export, now: Export) -> str:
     """Why an export cannot take the place of what it was; "" if it can."""
     if now.size != before.size:
         return f"its size is {now.size} instead of {before.size} bytes"
-    # More is welcome, but for the flag that says less.
-    lost = (before.flags & ~now.flags) & ~TransmissionFlag.READ_ONLY
+    # Without the other flags, requests fail with ENOTSUP and are done in another way.
+    lost = before.flags & ~now.flags & (TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA)
     if lost or (now.flags & ~before.flags & TransmissionFlag.READ_ONLY):
         return f"its flags are {int(now.flags):#x} instead of {int(before.flags):#x}"
     if now.minimum_block > before.minimum_block or now.maximum_payload < before.maximum_payload:
