@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from drivers.errors import Error
 from nbdclient.cli.arguments import parse
@@ -18,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit status. Errors are one line on standard error."""
     arguments = parse(argv)
     try:
-        command = importlib.import_module(f"nbdclient.cli.{arguments.module}")
+        command = _load(arguments.module)
         status = command.run(arguments)
         sys.stdout.flush()
         return int(status or 0)
@@ -32,6 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = str(error) if isinstance(error, Error) or not error.strerror else _plain(error)
         print(f"nbdclient: {' '.join(text.split())}", file=sys.stderr)
         return 1
+
+
+def _load(module: str) -> ModuleType:
+    """The subcommand's module. What is loaded now stays to the end: collecting it, now and then
+    and at the end, costs a tenth of the time that a short command takes."""
+    gc.disable()
+    command = importlib.import_module(f"nbdclient.cli.{module}")
+    gc.freeze()
+    gc.enable()
+    return command
 
 
 def _plain(error: OSError) -> str:

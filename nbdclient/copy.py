@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import trio
 
-from drivers.block.node import is_zero
 from drivers.errors import Error, ProtocolError, RequestError
 from nbdclient.endpoints import Piece, Source, Target, open_source, open_target
 
@@ -27,8 +26,8 @@ class CopyOptions:
     reads as zeroes already."""
 
     connections: int = 4
-    requests: int = 8
-    request_size: int = 256 << 10
+    requests: int = 4
+    request_size: int = 1 << 20
     allocated: bool = False
     destination_is_zero: bool = False
     flush: bool = False
@@ -117,6 +116,8 @@ class _Copy:
                 await self.source.read_into(offset, view)
         if self.target.discards:
             return
+        from drivers.block.node import is_zero  # not loaded where nothing is written
+
         zero = zero or is_zero(view)
         if self.target.ordered:
             while self._written != number:

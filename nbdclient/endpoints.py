@@ -13,7 +13,6 @@ import trio
 
 from drivers.errors import OptionError, RequestError
 from drivers.net.stream import Buffer
-from drivers.protocol.file import syscalls
 from drivers.wire.nbd.constants import BASE_ALLOCATION, AllocationState
 from nbdclient import client
 
@@ -197,6 +196,9 @@ class FileTarget:
             view, offset = view[count:], offset + count
 
     async def zero(self, offset: int, length: int) -> None:
+        # ctypes takes its time to load; most copies make no holes.
+        from drivers.protocol.file import syscalls
+
         try:
             make = syscalls.zero_range if self._allocated else syscalls.punch_hole
             await trio.to_thread.run_sync(make, self._fd, offset, length)

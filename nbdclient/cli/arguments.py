@@ -101,10 +101,10 @@ def _copy(commands: Any) -> None:
         "--connections", type=_count(64), default=4, metavar="N", help="at most so many per server (4)"
     )
     command.add_argument(
-        "--requests", type=_count(MAX_REQUESTS), default=8, metavar="N", help="in flight together (8)"
+        "--requests", type=_count(MAX_REQUESTS), default=4, metavar="N", help="in flight together (4)"
     )
     command.add_argument(
-        "--request-size", type=_request_size, default=256 << 10, metavar="SIZE", help="of one (256k)"
+        "--request-size", type=_request_size, default=1 << 20, metavar="SIZE", help="of one (1M)"
     )
     progress = command.add_mutually_exclusive_group()
     progress.add_argument("--progress", action="store_true", help="show progress even off a terminal")
