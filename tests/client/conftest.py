@@ -53,6 +53,21 @@ class Peers:
     def nbdkit(self, *options: str) -> str:
         return self._start(lambda sock, pid: ["nbdkit", "-U", sock, "-P", pid, *options])
 
+    def recorder(self, log: Path) -> str:
+        """1 MiB that takes everything and keeps only a log of what was asked. It has no FUA."""
+        return self.nbdkit(
+            "eval",
+            "get_size=echo 1M",
+            "can_write=exit 0",
+            "can_flush=exit 0",
+            "can_zero=exit 0",
+            "can_fua=echo none",
+            "pread=dd if=/dev/zero count=$3 iflag=count_bytes 2>/dev/null",
+            f"pwrite=cat >/dev/null; echo write $4 $3 >> {log}",
+            f"zero=echo zero $4 $3 $5 >> {log}",
+            f"flush=echo flush >> {log}",
+        )
+
     def nbd_server(self, image: Path, *lines: str) -> str:
         config = self.directory / "nbd-server.conf"
 

@@ -87,6 +87,30 @@ async def test_destination_is_zero_skips_zeroes(peers: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.peer("nbdkit")
+async def test_holes_are_not_even_read(peers: Any) -> None:
+    bad = ("error-pread=EIO", "error-pread-rate=100%")
+    progress = await copy(peers.nbdkit("--filter=error", "memory", "64M", *bad), "null:", CopyOptions())
+    assert progress.done == 64 * MiB
+
+
+@pytest.mark.peer("nbdkit")
+@pytest.mark.parametrize("allocated", [False, True])
+async def test_what_reaches_a_server(peers: Any, tmp_path: Path, allocated: bool) -> None:
+    (tmp_path / "source").write_bytes(b"x" * 4096 + bytes(8192))
+    os.truncate(tmp_path / "source", 64 * KiB)
+    uri = peers.recorder(tmp_path / "log")
+    await copy(
+        str(tmp_path / "source"),
+        uri,
+        CopyOptions(requests=1, request_size=4096, allocated=allocated, flush=True),
+    )
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("write 0 4096", "flush")
+    assert all(line.startswith("zero ") for line in lines[1:-1]) and len(lines) > 2
+    assert all(("may_trim" in line) is not allocated for line in lines[1:-1])
+
+
+@pytest.mark.peer("nbdkit")
 async def test_block_sizes_of_both_ends_are_kept(peers: Any, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     with source.open("wb") as file:

@@ -218,6 +218,14 @@ async def test_a_cancelled_reads_buffer_is_left_alone_and_the_connection_lives(
     await connection.aclose()
 
 
+def test_a_reply_between_a_cancellation_and_the_tasks_next_step_changes_nothing() -> None:
+    waited = connection_module._Waited(Command.READ, 0, 4, buffer=memoryview(bytearray(4)))
+    waited.task = object()  # type: ignore[assignment]
+    assert waited.abandon(None) is trio.lowlevel.Abort.SUCCEEDED
+    assert waited.buffer is None
+    waited.completed()  # would schedule the task twice
+
+
 async def test_a_request_cancelled_half_sent_ends_the_connection(
     script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

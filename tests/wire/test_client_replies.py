@@ -106,9 +106,9 @@ def test_structured_read_in_any_order_with_holes() -> None:
 
 def test_an_error_chunk_fails_the_request_and_its_text_is_kept() -> None:
     decoding = Decoding(ReplyMode.STRUCTURED)
-    decoding.feed(data(0, b"01") + error(errno.EIO, b"bad sector", done=True))
+    decoding.feed(data(0, b"01") + error(errno.EIO, b"bad sector \xff", done=True))
     assert decoding.finished
-    assert decoding.request.error and str(decoding.request.error) == "bad sector"
+    assert decoding.request.error and str(decoding.request.error) == "bad sector \N{REPLACEMENT CHARACTER}"
 
 
 @pytest.mark.parametrize("code", [2, 4095, 0xFFFFFFFF])
