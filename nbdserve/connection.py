@@ -52,10 +52,13 @@ MAX_IN_FLIGHT = 32
 MAX_BYTES_IN_FLIGHT = MAX_PAYLOAD
 # Batches between two checkpoints: others get their turn, and a cancellation is noticed.
 BATCHES_PER_CHECKPOINT = 32
-# Waiting in the kernel for the next request of a lone, quick client is cheaper than parking.
+# A lone, quick client is waited for actively for so long, then in the kernel, before the task is
+# parked: putting a processor to sleep and waking it costs more than the client needs.
+SPIN_SECONDS = 25e-6
 LINGER_SECONDS = 50e-6
-LINGER_PATIENCE = 8  # fruitless waits before giving up
-LINGER_RETRY = 64  # batches until the next attempt
+LINGER_PATIENCE = 8  # fruitless waits before giving up, until the next LINGER_RETRY batches
+LINGER_RETRY = 64
+LINGER_STREAK = 8  # batches without any other connection at work
 
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
@@ -90,6 +93,8 @@ class Connection:
         self._replies = Replies(structured=session.structured, extended=session.extended)
         self._lock = trio.Lock()  # held for the sending of one message
         self._stopping = False
+        # select()'s own limit; and waiting actively on a single processor starves the client.
+        self._can_linger = stream.socket.fileno() < 1024 and len(os.sched_getaffinity(0)) > 1
         self._in_flight = 0
         self._bytes_in_flight = 0
         self._room: trio.Event | None = None
@@ -144,7 +149,8 @@ class Connection:
         out, out_view = self._out, self._out_view
         nowait = self._nowait
         clock = time.perf_counter
-        can_select = sock.fileno() < 1024  # select's own limit
+        fileno, can_linger = sock.fileno(), self._can_linger
+        lone = False
         patience, batches = LINGER_PATIENCE, 0
         start = end = out_end = 0
 
@@ -155,22 +161,13 @@ class Connection:
             elif end == BUFFER_SIZE:
                 view[: end - start] = view[start:end]
                 start, end = 0, end - start
+            # A lone client that sends one request at a time is waited for in the kernel, briefly.
+            if lone and not _soon((fileno,), ()):
+                patience -= 1
+                lone = False
             try:
                 count = receive_into(view[end:] if end else view)
             except BlockingIOError:
-                if (
-                    patience > 0
-                    and can_select
-                    and activity.last is self
-                    and activity.streak >= LINGER_PATIENCE
-                    and not self._in_flight
-                ):
-                    if select.select((sock,), (), (), LINGER_SECONDS)[0]:
-                        patience = LINGER_PATIENCE
-                        continue
-                    patience -= 1
-                    if not patience:
-                        patience = -LINGER_RETRY
                 await self._stream.wait_readable()
                 continue
             if not count:
@@ -293,10 +290,9 @@ class Connection:
             else:
                 activity.last = self
                 activity.streak = 0
-            if patience < 0:
-                patience += 1
-                if not patience:
-                    patience = LINGER_PATIENCE
+            lone = patience > 0 and activity.streak > LINGER_STREAK and not self._in_flight and can_linger
+            if not batches % LINGER_RETRY:
+                patience = LINGER_PATIENCE
             if self._stopping:
                 return _STOPPED
             if not batches % BATCHES_PER_CHECKPOINT:
@@ -518,7 +514,8 @@ class Connection:
             try:
                 count = os.sendfile(out, fd, position, length)
             except BlockingIOError:
-                await self._stream.wait_writable()
+                if not (self._activity.streak > LINGER_STREAK and self._can_linger and _soon((), (out,))):
+                    await self._stream.wait_writable()
                 continue
             except OSError as error:
                 if error.errno in (errno.EPIPE, errno.ECONNRESET):
@@ -588,6 +585,18 @@ class Connection:
                 view = view[sock.send(view, flags) :]
             except BlockingIOError:
                 await self._stream.wait_writable()
+
+
+def _soon(readable: Sequence[int], writable: Sequence[int]) -> bool:
+    """Wait for a moment, blocking the loop, until the one descriptor given is ready."""
+    clock = time.perf_counter
+    deadline = clock() + SPIN_SECONDS
+    while clock() < deadline:
+        ready = select.select(readable, writable, (), 0)
+        if ready[0] or ready[1]:
+            return True
+    ready = select.select(readable, writable, (), LINGER_SECONDS)
+    return bool(ready[0] or ready[1])
 
 
 def _weight(request: Request) -> int:
