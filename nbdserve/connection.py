@@ -45,7 +45,7 @@ from nbdserve.replies import Replies, wire_error
 # A buffer beyond the L2 cache doubles the CPU of a large write.
 BUFFER_SIZE = 256 << 10
 # Reads up to here are copied through the output buffer, longer ones go by sendfile.
-INLINE_READ = 32 << 10
+INLINE_READ = 64 << 10
 # Requests that run as tasks, of one connection, and the payload bytes they may hold. One request
 # is always let in.
 MAX_IN_FLIGHT = 32
@@ -514,8 +514,7 @@ class Connection:
             try:
                 count = os.sendfile(out, fd, position, length)
             except BlockingIOError:
-                if not (self._activity.streak > LINGER_STREAK and self._can_linger and _soon((), (out,))):
-                    await self._stream.wait_writable()
+                await self._writable()
                 continue
             except OSError as error:
                 if error.errno in (errno.EPIPE, errno.ECONNRESET):
@@ -584,7 +583,13 @@ class Connection:
             try:
                 view = view[sock.send(view, flags) :]
             except BlockingIOError:
-                await self._stream.wait_writable()
+                await self._writable()
+
+    async def _writable(self) -> None:
+        """Wait until the client has taken some of what was sent."""
+        alone = self._can_linger and self._activity.streak > LINGER_STREAK
+        if not (alone and _soon((), (self._stream.socket.fileno(),))):
+            await self._stream.wait_writable()
 
 
 def _soon(readable: Sequence[int], writable: Sequence[int]) -> bool:
