@@ -65,7 +65,7 @@ def check(export: NbdExport, session: Session, request: Request) -> None:
         valid &= ~CommandFlag.PAYLOAD_LEN
     if not session.structured and not session.extended:
         valid &= ~CommandFlag.DF
-    if flags & ~valid:
+    if flags & ~int(valid):  # ~ of an IntFlag knows only the bits that have names
         raise Refusal(WireError.EINVAL, f"command {Command(command).name} with unknown flags {flags:#x}")
     if command == Command.FLUSH:
         if request.offset or length:

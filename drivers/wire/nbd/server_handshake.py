@@ -30,7 +30,8 @@ from drivers.wire.nbd.steps import Handshake, Receive, Send, Step
 # Payloads up to here are looked at; longer ones, up to MAX_OPTION_PAYLOAD, are skipped and refused.
 MAX_KEPT_PAYLOAD = 64 << 10
 
-_KNOWN_HANDSHAKE_FLAGS = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
+# An int: the complement of an IntFlag knows only the bits that have names.
+_KNOWN_HANDSHAKE_FLAGS = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
 
 
 @dataclass(frozen=True, slots=True)
