@@ -1,0 +1,45 @@
+"""Where trace events go. structlog is imported only if an event is wanted at all."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+from drivers.errors import OptionError
+from nbdserve.settings import TraceSettings
+from nbdserve.trace import selected, trace, unknown
+
+# What -v shows: who comes and goes, not every request.
+VERBOSE = ("server_*", "export_*", "nbd_client_*", "nbd_negotiated")
+
+
+def set_up(settings: TraceSettings, *, verbose: bool, warn: Callable[[str], object]) -> TextIO:
+    """Switch on the events that the user wants; the stream they go to.
+
+    Raises OptionError if the file cannot be written.
+    """
+    for pattern in settings.patterns:
+        if unknown(pattern):
+            warn(f"trace event '{pattern}' does not exist")
+    names = selected((*(VERBOSE if verbose else ()), *settings.patterns))
+    stream = sys.stderr
+    if settings.file is not None:
+        try:
+            stream = open(settings.file, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - kept till the end
+        except OSError as error:
+            raise OptionError(f"Error opening logfile {settings.file}: {error.strerror}") from None
+    if not names:
+        return stream
+    import structlog
+
+    logger = structlog.wrap_logger(
+        structlog.WriteLogger(stream),
+        processors=[
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.LogfmtRenderer(key_order=["timestamp", "event"]),
+        ],
+        wrapper_class=structlog.BoundLogger,
+    )
+    trace.enable(names, logger.info)
+    return stream
