@@ -19,7 +19,8 @@ import nbdserve.server
 
 async def serve(settings, sockets, *, stop, ready):
     if settings.exports[0].image == "broken":
-        raise OptionError("the image is broken")
+        async with trio.open_nursery():
+            raise OptionError("the image is broken")
     async def greet(listener):
         while True:
             await trio.lowlevel.wait_readable(listener)
