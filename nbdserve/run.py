@@ -32,7 +32,7 @@ def _stay() -> None:
 async def _main(settings: ServeSettings, detach: Callable[[], None]) -> int:
     import trio
 
-    from nbdserve.server import serve
+    from nbdserve.serving import serve
 
     stop, serving = trio.Event(), trio.Event()
     directory = os.getcwd()

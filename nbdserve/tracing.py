@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from drivers.errors import OptionError
 from nbdserve.settings import TraceSettings
 from nbdserve.trace import selected, trace, unknown
+
+if TYPE_CHECKING:
+    import structlog
 
 # What -v shows: who comes and goes, not every request.
 VERBOSE = ("server_*", "export_*", "nbd_client_*", "nbd_negotiated")
@@ -31,15 +35,35 @@ def set_up(settings: TraceSettings, *, verbose: bool, warn: Callable[[str], obje
             raise OptionError(f"Error opening logfile {settings.file}: {error.strerror}") from None
     if not names:
         return stream
+    trace.enable(names, _logger(stream).info)
+    return stream
+
+
+class Log:
+    """The server's remarks, on standard error: errors always, the rest with `verbose`."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        self._verbose = verbose
+
+    def debug(self, event: str, **fields: object) -> None:
+        if self._verbose:
+            _logger(sys.stderr).debug(event, **fields)
+
+    def error(self, event: str, **fields: object) -> None:
+        _logger(sys.stderr).error(event, **fields)
+
+
+@functools.cache
+def _logger(stream: TextIO) -> structlog.BoundLogger:
     import structlog
 
-    logger = structlog.wrap_logger(
+    logger: structlog.BoundLogger = structlog.wrap_logger(
         structlog.WriteLogger(stream),
         processors=[
             structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
             structlog.processors.LogfmtRenderer(key_order=["timestamp", "event"]),
         ],
         wrapper_class=structlog.BoundLogger,
     )
-    trace.enable(names, logger.info)
-    return stream
+    return logger

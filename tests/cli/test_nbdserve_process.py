@@ -15,7 +15,7 @@ import pytest
 
 STAND_IN = """
 import os, sys, trio
-import nbdserve.server
+import nbdserve.serving
 
 async def serve(settings, sockets, *, stop, ready):
     if settings.exports[0].image == "broken":
@@ -37,7 +37,7 @@ async def serve(settings, sockets, *, stop, ready):
         nursery.cancel_scope.cancel()
 
 from drivers.errors import OptionError
-nbdserve.server.serve = serve
+nbdserve.serving.serve = serve
 from nbdserve.__main__ import main
 sys.exit(main())
 """
