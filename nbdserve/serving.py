@@ -92,4 +92,4 @@ async def _close(export: NbdExport) -> None:
 
 
 def _warn(message: str) -> None:
-    print(f"WARNING: {message}", file=sys.stderr)
+    print(message, file=sys.stderr)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from drivers.errors import OptionError
 from drivers.net.address import Address
+from drivers.wire.nbd.client_handshake import Export, ReplyMode, Wishes, describe_all
 from drivers.wire.nbd.constants import TransmissionFlag
 from nbdserve.settings import ListSettings
 
@@ -47,7 +47,9 @@ class ExportDescription:
 
 def list_exports(settings: ListSettings) -> int:
     """Print the exports of the server at settings.address; the exit status. Raises Error."""
-    exports = _ask(settings.address)
+    import trio
+
+    exports = trio.run(_ask, settings.address)
     if settings.json:
         print(as_json(exports))
     else:
@@ -55,8 +57,32 @@ def list_exports(settings: ListSettings) -> int:
     return 0
 
 
-def _ask(address: Address) -> Sequence[ExportDescription]:
-    raise OptionError("listing exports is not supported yet")
+async def _ask(address: Address) -> list[ExportDescription]:
+    from drivers.net.stream import Stream
+    from drivers.protocol.nbd.connection import perform
+
+    stream = Stream(await address.connect())
+    try:
+        exports = await perform(stream, describe_all(Wishes()))
+    finally:
+        stream.close()
+    return [_description(export) for export in exports]
+
+
+def _description(export: Export) -> ExportDescription:
+    blocks = (export.minimum_block, export.preferred_block, export.maximum_payload)
+    minimum, preferred, maximum = blocks if export.advertised_blocks else (0, 0, 0)
+    return ExportDescription(
+        name=export.name,
+        description=export.description,
+        size=export.size,
+        flags=int(export.flags),
+        min_block=minimum,
+        opt_block=preferred,
+        max_block=maximum,
+        contexts=tuple(export.contexts),
+        transaction_size="64-bit" if export.mode is ReplyMode.EXTENDED else "32-bit",
+    )
 
 
 def as_text(exports: Sequence[ExportDescription], *, verbose: bool = False) -> str:
