@@ -57,7 +57,7 @@ class OpenContext:
         """The node that the option `role` describes or names; to be attached with Node.use()."""
         reference = options.reference(role)
         if reference is None:
-            raise OptionError(f"{options.owner}: the option '{role}' is missing")
+            raise OptionError(f'A block device must be specified for "{role}"')
         if isinstance(reference, str):
             node = self.graph.node(reference)
         else:
@@ -117,7 +117,10 @@ class Graph:
         node: Node | None = None
         try:
             node = await driver.open(context, options)
-            options.finish()
+            if left := options.left():
+                # Protocols are the drivers without children.
+                refuses = "format '{}' does not" if context.children else "protocol '{}' doesn't"
+                raise OptionError(f"Block {refuses.format(driver_name)} support the option '{left}'")
         except BaseException:
             with trio.CancelScope(shield=True):
                 await context.abandon(node)
