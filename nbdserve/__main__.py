@@ -45,7 +45,7 @@ def main() -> int:
 def _do(wanted: ServeSettings | ListSettings) -> int:
     from nbdserve.tracing import set_up
 
-    set_up(wanted.trace, verbose=wanted.verbose, warn=lambda message: _complain(f"warning: {message}"))
+    set_up(wanted.trace, warn=lambda message: _complain(f"warning: {message}"))
     if isinstance(wanted, ListSettings):
         from nbdserve.cli.list import list_exports
 

@@ -35,7 +35,7 @@ async def serve(
     async with opened_exports(settings) as exports, trio.open_nursery() as nursery:
         server = Server(
             exports,
-            log=Log(verbose=settings.verbose),
+            log=Log(),
             max_clients=settings.shared,
             persistent=settings.persistent,
             handshake_limit=settings.handshake_limit,

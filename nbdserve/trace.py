@@ -18,6 +18,7 @@ EVENTS = {
     "export_opened": "an export's image was opened",
     "export_closed": "an export's image was closed",
     "server_listening": "the server accepts clients",
+    "server_remark": "a client came, left, or failed in the handshake",
     "server_stopping": "the server was told to end",
 }
 

@@ -14,11 +14,8 @@ from nbdserve.trace import selected, trace, unknown
 if TYPE_CHECKING:
     import structlog
 
-# What -v shows: who comes and goes, not every request.
-VERBOSE = ("server_*", "export_*", "nbd_client_*", "nbd_negotiated")
 
-
-def set_up(settings: TraceSettings, *, verbose: bool, warn: Callable[[str], object]) -> TextIO:
+def set_up(settings: TraceSettings, *, warn: Callable[[str], object]) -> TextIO:
     """Switch on the events that the user wants; the stream they go to.
 
     Raises OptionError if the file cannot be written.
@@ -26,7 +23,7 @@ def set_up(settings: TraceSettings, *, verbose: bool, warn: Callable[[str], obje
     for pattern in settings.patterns:
         if unknown(pattern):
             warn(f"trace event '{pattern}' does not exist")
-    names = selected((*(VERBOSE if verbose else ()), *settings.patterns))
+    names = selected(settings.patterns)
     stream = sys.stderr
     if settings.file is not None:
         try:
@@ -40,14 +37,11 @@ def set_up(settings: TraceSettings, *, verbose: bool, warn: Callable[[str], obje
 
 
 class Log:
-    """The server's remarks, on standard error: errors always, the rest with `verbose`."""
-
-    def __init__(self, *, verbose: bool) -> None:
-        self._verbose = verbose
+    """The server's remarks: ordinary ones are a trace event, errors always come to standard error."""
 
     def debug(self, event: str, **fields: object) -> None:
-        if self._verbose:
-            _logger(sys.stderr).debug(event, **fields)
+        if trace.enabled:
+            trace("server_remark", remark=event, **fields)
 
     def error(self, event: str, **fields: object) -> None:
         _logger(sys.stderr).error(event, **fields)

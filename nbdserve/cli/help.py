@@ -55,7 +55,7 @@ Process:
       --run=COMMAND        run a shell command that finds the server in $uri
                            and $unixsocket; serve until it ends and exit with
                            its status
-  -v, --verbose            report who connects and what goes wrong
+  -v, --verbose            keep standard error with --fork; tell more with -L
   -T, --trace=PATTERN      report trace events; '-T help' lists them; in full:
                            [enable=]PATTERN,events=FILE,file=FILE
 

@@ -43,7 +43,7 @@ def test_events_are_written_as_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(tracing, "trace", trace)
     log = tmp_path / "log"
     settings = TraceSettings(("nbd_reply", "nosuch"), str(log))
-    stream = tracing.set_up(settings, verbose=False, warn=warnings.append)
+    stream = tracing.set_up(settings, warn=warnings.append)
     trace("nbd_reply", cookie=7)
     trace("nbd_request", cookie=8)
     stream.close()
