@@ -50,3 +50,17 @@ def test_events_are_written_as_lines(tmp_path, monkeypatch):
     [line] = log.read_text().splitlines()
     assert "event=nbd_reply cookie=7" in line
     assert warnings == ["trace event 'nosuch' does not exist"]
+
+
+def test_the_servers_remarks_are_a_trace_event_and_its_errors_are_shown(monkeypatch, capsys):
+    from nbdserve import tracing
+
+    trace, seen = Tracer(), []
+    monkeypatch.setattr(tracing, "trace", trace)
+    log = tracing.Log()
+    log.debug("client left", reason="it was time")
+    trace.enable(["server_remark"], lambda name, **fields: seen.append(fields))
+    log.debug("client left", reason="it was time")
+    assert seen == [{"remark": "client left", "reason": "it was time"}]
+    log.error("a client's connection failed")
+    assert 'event="a client\'s connection failed"' in capsys.readouterr().err
