@@ -21,11 +21,12 @@ class Row:
 
 
 ROWS = {
-    "file": Row("drivers.protocol.file:FileNode", ("file",)),
-    "host_device": Row("drivers.protocol.file:HostDeviceNode", ("host_device",)),
+    "file": Row("drivers.protocol.file.driver:FileNode", ("file",)),
+    "host_device": Row("drivers.protocol.file.device:HostDeviceNode", ("host_device",)),
     "memory": Row("drivers.testing.memory:MemoryNode"),
     "nbd": Row("drivers.protocol.nbd.driver:NbdNode", ("nbd", "nbd+tcp", "nbd+unix", "nbds", "nbds+unix")),
-    "null-co": Row("drivers.protocol.null:NullNode", ("null-co", "null-aio")),
+    "null-co": Row("drivers.protocol.null:NullNode", ("null-co",)),
+    "null-aio": Row("drivers.protocol.null:NullNode", ("null-aio",)),
     "raw": Row("drivers.format.raw:RawNode", is_format=True),
 }
 

@@ -37,6 +37,8 @@ class Edge:
                         f"Conflicts with use by {holder.user} as '{holder.role}', "
                         f"which does not allow '{names(wanted & ~allowed)}' on {self.child.name}"
                     )
+        if needed & Permission.WRITE and self.child.flags.read_only:
+            raise OptionError("Block node is read-only")
         before = self.needed, self.shared
         self.needed, self.shared = needed, shared
         try:

@@ -10,6 +10,7 @@ CLIENT_FLAGS = Struct(">I")
 OPTION = Struct(">QII")  # OPTION_MAGIC, option, length
 OPTION_REPLY = Struct(">QIII")  # OPTION_REPLY_MAGIC, option, reply type, length
 EXPORT_NAME_REPLY = Struct(">QH")  # size, flags; then 124 zeroes unless NO_ZEROES
+OLDSTYLE_REPLY = Struct(">QI")  # size, flags (the upper half unused); then 124 zeroes
 INFO_EXPORT = Struct(">HQH")  # Info.EXPORT, size, flags
 INFO_BLOCK_SIZE = Struct(">HIII")  # Info.BLOCK_SIZE, minimum, preferred, maximum payload
 U16 = Struct(">H")

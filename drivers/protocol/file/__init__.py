@@ -1,0 +1,1 @@
+"""Images that lie in files and on block devices of this host."""
