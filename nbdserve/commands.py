@@ -167,7 +167,9 @@ async def _block_status(
     parts: list[Buffer] = []
     for number, context_id in enumerate(ids, 1):
         context = CONTEXTS[session.contexts[context_id]]
-        statuses = await context(export.node, request.offset, request.length)
+        statuses = await context.describe(
+            export.node, request.offset, request.length, alignment=session.minimum_block
+        )
         if request.flags & CommandFlag.REQ_ONE:
             statuses = statuses[:1]
         done = number == len(ids)

@@ -14,6 +14,7 @@ from drivers.block.graph import Graph
 from drivers.block.node import Node, OpenFlags
 from drivers.catalog import Catalog
 from drivers.errors import Error, OptionError
+from drivers.filter.pad import SECTOR, PadNode
 from drivers.opening import open_options
 from drivers.options.image import complete_options, image_options, set_file_default
 from drivers.options.schema import Tree
@@ -41,15 +42,17 @@ async def open_image(
     except (Error, OSError) as error:
         reason = error if isinstance(error, Error) else error.strerror
         raise OptionError(f"Failed to blk_new_open '{export.image}': {reason}") from error
-    if not export.offset:
-        return node
-    layer: Tree = {"driver": "raw", "offset": export.offset, "file": node.name}
     try:
-        return await graph.open(layer, replace(flags, detect_zeroes="off"))
+        if export.offset:
+            layer: Tree = {"driver": "raw", "offset": export.offset, "file": node.name}
+            node = await graph.open(layer, replace(flags, detect_zeroes="off"))
+        if node.size % SECTOR:
+            node = await PadNode.over(node)
     except BaseException:
         with trio.CancelScope(shield=True):
             await node.aclose()
         raise
+    return node
 
 
 def image_tree(catalog: Catalog, export: ExportSettings) -> Tree:
