@@ -186,6 +186,9 @@ async def test_a_refused_change_leaves_permissions_and_locks_as_they_were(disk: 
         assert (child.needed, child.shared) == (READ_WRITE, SHARED)
         assert lock_bytes(disk) == before
         await edge.set_permissions(READ, ALL)
+    async with exported(disk) as (node, edge):
+        await edge.set_permissions(READ, ALL)
+        assert lock_bytes(disk) == {100}
     assert lock_bytes(disk) == set()
 
 
