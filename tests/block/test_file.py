@@ -80,7 +80,7 @@ async def test_a_refused_open_leaks_no_descriptor(tmp_path: Path, disk: Path) ->
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         await refusal(tmp_path / "missing")
-        await refusal(tmp_path)
+        await refusal(tmp_path, OpenFlags(read_only=True))
         await refusal(disk, colour="red")
         await refusal(disk, OpenFlags(direct=True), colour="red")
         async with opened(disk, OpenFlags(direct=True)):
@@ -339,18 +339,24 @@ async def test_an_unsafe_cache_syncs_nothing(disk: Path, monkeypatch: pytest.Mon
         await node.flush()
 
 
+@pytest.mark.parametrize("direct", [False, True])
 async def test_short_transfers_are_continued_and_errors_reported(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
+    disk: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
 ) -> None:
     preadv, pwritev = os.preadv, os.pwritev
-    async with opened(disk) as node:
-        monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:1000]], offset))
+    async with opened(disk, OpenFlags(direct=direct)) as node:
+
+        def part(fd: int) -> int:
+            return 4096 if direct and fd == node._fd else 1000
+
+        monkeypatch.setattr(os, "preadv", lambda fd, bufs, at: preadv(fd, [bufs[0][: part(fd)]], at))
         monkeypatch.setattr(
-            os, "pwritev", lambda fd, buffers, offset, flags: pwritev(fd, [buffers[0][:1000]], offset, flags)
+            os, "pwritev", lambda fd, bufs, at, flags: pwritev(fd, [bufs[0][: part(fd)]], at, flags)
         )
-        data = pattern(5500, seed=3)
+        data = pattern(25500, seed=3)
         await node.write(123, data)
-        found = bytearray(5500)
+        found = bytearray(25500)
+        await node.write(2 * BLOCK, pattern(25500, seed=4))  # so that no buffer holds the answer by chance
         await node.read_into(123, found)
         assert found == data
         monkeypatch.setattr(os, "pwritev", lambda *arguments: 0)
