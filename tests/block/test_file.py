@@ -333,10 +333,19 @@ async def test_an_unsafe_cache_syncs_nothing(disk: Path, monkeypatch: pytest.Mon
     def failing(fd: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
+    flags_seen: list[int] = []
+    pwritev = os.pwritev
+
+    def recorded(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        flags_seen.append(flags)
+        return pwritev(fd, buffers, offset, flags)
+
     monkeypatch.setattr(os, "fdatasync", failing)
+    monkeypatch.setattr(os, "pwritev", recorded)
     async with opened(disk, OpenFlags(no_flush=True)) as node:
-        await node.write(0, b"x")
+        await node.write(0, b"x", fua=True)
         await node.flush()
+    assert flags_seen == [0]
 
 
 @pytest.mark.parametrize("direct", [False, True])

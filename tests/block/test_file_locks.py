@@ -192,6 +192,16 @@ async def test_a_refused_change_leaves_permissions_and_locks_as_they_were(disk: 
     assert lock_bytes(disk) == set()
 
 
+async def test_a_cancelled_user_gives_its_locks_up_all_the_same(disk: Path) -> None:
+    async with exported(disk, READ, ALL) as (node, _):
+        edge = await attach("root", node, user="second", needed=READ, shared=READ)
+        assert lock_bytes(disk) == {100, 201, 202, 203}
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await edge.detach()
+        assert lock_bytes(disk) == {100}
+
+
 async def test_a_part_of_a_file_relies_on_its_size(disk: Path) -> None:
     tree = {"driver": "raw", "offset": 512, "file": {"driver": "file", "filename": str(disk)}}
     node = await Graph(Catalog()).open(tree, OpenFlags(read_only=True))
