@@ -142,8 +142,9 @@ class Node:
                 await edge.set_permissions(*self._child_permissions(role, needed, shared))
                 done.append(before)
         except BaseException:
-            for edge, *old in reversed(done):
-                await edge.set_permissions(*old)
+            with trio.CancelScope(shield=True):
+                for edge, *old in reversed(done):
+                    await edge.set_permissions(*old)
             raise
 
     async def _close(self) -> None:
@@ -207,8 +208,9 @@ class Node:
         try:
             if start != offset or end != offset + len(view):
                 view = await self._modified(start, end, offset, view)
+            fua = fua and not self.flags.no_flush
             await self._write(start, view, fua=fua and self.supports_fua)
-            if fua and not self.supports_fua and not self.flags.no_flush:
+            if fua and not self.supports_fua:
                 await self._flush()
         finally:
             self.requests.finish(request)
