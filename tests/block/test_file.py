@@ -67,7 +67,7 @@ async def test_what_cannot_be_opened_says_so_in_qemus_words(tmp_path: Path, disk
     )
     assert "pr-manager" in await refusal(disk, **{"pr-manager": "pr0"})
     assert "expects one of" in await refusal(disk, locking="maybe")
-    assert "does not support the option 'colour'" in await refusal(disk, colour="red")
+    assert "doesn't support the option 'colour'" in await refusal(disk, colour="red")
 
 
 async def test_a_fifo_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ async def test_offset_and_size_are_options_and_their_failure_closes_the_file() -
     await node.aclose()
     with pytest.raises(OptionError, match="smaller or equal"):
         await graph.open({"driver": "raw", "size": "8k", "file": {"driver": "memory", "size": "4k"}})
-    with pytest.raises(OptionError, match="'file' is missing"):
+    with pytest.raises(OptionError, match='must be specified for "file"'):
         await graph.open({"driver": "raw"})
     assert graph.nodes == {}
 
