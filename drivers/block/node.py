@@ -232,8 +232,11 @@ class Node:
                 start = end = offset + length
         await self._write_zero_buffers(offset, start - offset)
         if start < end:
-            request, _, _ = await self._begin(start, end - start, writing=True, bounded=False)
+            request, *aligned = await self._begin(start, end - start, writing=True, bounded=False)
             try:
+                if aligned != [start, end]:
+                    # The end was the node's when it was found, and the node has grown since.
+                    raise RequestError(errno.ENOTSUP)
                 await self._write_zeroes(start, end - start, may_unmap=may_unmap, fast=fast)
             except OSError as error:
                 if fast or error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
@@ -257,9 +260,10 @@ class Node:
         start, end = self._inner(offset, length)
         if start >= end:
             return
-        request, _, _ = await self._begin(start, end - start, writing=True, bounded=False)
+        request, *aligned = await self._begin(start, end - start, writing=True, bounded=False)
         try:
-            await self._discard(start, end - start)
+            if aligned == [start, end]:  # else the node has grown since its end was found
+                await self._discard(start, end - start)
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise

@@ -140,6 +140,22 @@ async def test_a_tail_that_grew_while_a_write_waited_is_not_overwritten() -> Non
     await node.aclose()
 
 
+@pytest.mark.parametrize("operation", ["write_zeroes", "discard"])
+async def test_a_tail_that_grew_while_zeroes_waited_is_not_sent_unaligned(operation: str) -> None:
+    node, content = await faulty(1000, alignment=512, flags=OpenFlags(discard=True))
+    gate = node.gates["truncate"] = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.truncate, 2048)
+        await node.arrived("truncate")
+        nursery.start_soon(getattr(node, operation), 512, 488)
+        await trio.testing.wait_all_tasks_blocked()
+        gate.set()
+    assert (operation, 512, 488) not in node.calls
+    tail = bytes(488) if operation == "write_zeroes" else b"\xaa" * 488
+    assert content == b"\xaa" * 512 + tail + bytes(1048)
+    await node.aclose()
+
+
 async def test_the_fast_path_is_closed_while_a_block_is_read_modified_and_written() -> None:
     node, content = await faulty(alignment=512)
     gate = node.gates["write"] = trio.Event()
