@@ -37,6 +37,9 @@ class Catalog:
     def __init__(self, rows: dict[str, Row] | None = None) -> None:
         self.rows = ROWS if rows is None else rows
 
+    def prefixes(self) -> dict[str, str]:
+        return {prefix: name for name, row in self.rows.items() for prefix in row.prefixes}
+
     def driver(self, name: str) -> Driver:
         row = self.rows.get(name)
         if row is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from drivers.block.graph import Graph, inherited_flags
 from drivers.block.node import Node, OpenFlags
 from drivers.block.probe import PROBE_SIZE, probe
 from drivers.errors import OptionError
+from drivers.options.image import image_options
 from drivers.options.schema import Tree, Value
 
 
@@ -27,10 +29,14 @@ async def open_image(
 
     `warn` is given the lines that a person must see. Raises OptionError or ImageError.
     """
-    tree: Tree = {"file": _filename_options(filename)}
-    if image_format is not None:
-        tree["driver"] = image_format
-    return await open_options(graph, tree, flags, warn=warn)
+    return await open_options(graph, image_tree(graph, filename, image_format), flags, warn=warn)
+
+
+def image_tree(graph: Graph, filename: str, image_format: str | None) -> Tree:
+    """The options to open `filename` with, without "driver" where the format is to be probed."""
+    tree = image_options(filename, image_format, graph.catalog.prefixes())
+    _recognise_device(tree)
+    return tree
 
 
 async def open_options(
@@ -81,9 +87,11 @@ async def _probe(protocol: Node) -> str:
     return probe(bytes(head))
 
 
-def _filename_options(filename: str) -> Tree:
-    try:
-        is_device = stat.S_ISBLK(os.stat(filename).st_mode)
-    except (OSError, ValueError):
-        is_device = False  # opening it will say what is wrong
-    return {"driver": "host_device" if is_device else "file", "filename": filename}
+def _recognise_device(tree: Tree) -> None:
+    """A plain name that turns out to be a block device's is opened as one."""
+    file = tree.get("file")
+    if not isinstance(file, dict) or file.get("driver") != "file":
+        return
+    with contextlib.suppress(OSError, ValueError):  # opening it will tell what is wrong with it
+        if stat.S_ISBLK(os.stat(str(file["filename"])).st_mode):
+            file["driver"] = "host_device"

@@ -19,6 +19,7 @@ from drivers.wire.nbd.server_handshake import Session
 from nbdserve.exports.contexts import CONTEXTS
 from nbdserve.exports.nbd import NbdExport
 from nbdserve.replies import Replies, wire_error
+from nbdserve.trace import trace
 
 Buffer = bytes | bytearray | memoryview
 
@@ -100,6 +101,8 @@ async def execute(export: NbdExport, session: Session, replies: Replies, request
         return [replies.error(request.cookie, request.offset, refusal.number, str(refusal))]
     except OSError as error:
         number = wire_error_of(request, error)
+        if trace.enabled:
+            trace("nbd_request_failed", command=request.command, cookie=request.cookie, reason=str(error))
         return [replies.error(request.cookie, request.offset, number, error.strerror or str(error))]
     except MemoryError:
         return [replies.error(request.cookie, request.offset, WireError.ENOMEM)]

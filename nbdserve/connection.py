@@ -41,6 +41,7 @@ from drivers.wire.nbd.server_handshake import Session
 from nbdserve.commands import Buffer, Refusal, Request, check, execute
 from nbdserve.exports.nbd import NbdExport
 from nbdserve.replies import Replies, wire_error
+from nbdserve.trace import trace
 
 # A buffer beyond the L2 cache doubles the CPU of a large write.
 BUFFER_SIZE = 256 << 10
@@ -104,6 +105,13 @@ class Connection:
         # Reads that must not block; 0 where the file system does not know the flag.
         self._nowait = os.RWF_NOWAIT
 
+    @property
+    def style(self) -> str:
+        """Which kind of replies was negotiated."""
+        return (
+            "extended" if self._replies.extended else "structured" if self._replies.structured else "simple"
+        )
+
     def stop(self) -> None:
         """Take no more requests; those in flight are finished and answered."""
         self._stopping = True
@@ -132,6 +140,8 @@ class Connection:
         export, activity = self._export, self._activity
         pace = export.pace
         plain, plain_write = export.node.plain, export.node.plain_write
+        if trace.enabled:
+            plain = plain_write = _nothing  # every request passes where it is traced
         size, mask = export.info.size, self._session.minimum_block - 1
         write_fast = export.writable and not export.writethrough
         extended, structured = self._replies.extended, self._replies.structured
@@ -304,6 +314,8 @@ class Connection:
         """Handle a request whose header was taken; its payload, if any, begins at `start`.
         Returns the new bounds of what is in the receive buffer."""
         payload_length = self._payload_length(request)
+        if trace.enabled:
+            _trace("nbd_request", request, length=request.length)
         if request.flags & CommandFlag.PAYLOAD_LEN and request.command == Command.BLOCK_STATUS:
             return await self._filtered_status(request, payload_length, view, start, end)
         try:
@@ -329,6 +341,8 @@ class Connection:
         return start, end
 
     async def _refuse(self, request: Request, refusal: Refusal) -> None:
+        if trace.enabled:
+            _trace("nbd_request_failed", request, reason=str(refusal))
         error = self._replies.error(request.cookie, request.offset, refusal.number, str(refusal))
         await self._send(error)
 
@@ -427,7 +441,11 @@ class Connection:
             export.node.release(held)
         if failure is None:
             await self._send(self._replies.success(request.cookie, offset))
+            if trace.enabled:
+                _trace("nbd_reply", request)
         else:
+            if trace.enabled:
+                _trace("nbd_request_failed", request, reason=failure.strerror)
             number = wire_error(failure.errno)
             await self._send(self._replies.error(request.cookie, offset, number, failure.strerror or ""))
         return start, end
@@ -455,6 +473,8 @@ class Connection:
                 self._lock.release()
         finally:
             self._export.node.release(held)
+        if trace.enabled:
+            _trace("nbd_reply", request)
         return True
 
     def _resident(self, spans: Sequence[Span]) -> bool:
@@ -550,6 +570,8 @@ class Connection:
         try:
             parts = await execute(self._export, self._session, self._replies, request)
             await self._send(*parts)
+            if trace.enabled:
+                _trace("nbd_reply", request)
         except OSError:
             self.stop()  # nobody is there to read an answer
         finally:
@@ -602,6 +624,21 @@ def _soon(readable: Sequence[int], writable: Sequence[int]) -> bool:
             return True
     ready = select.select(readable, writable, (), LINGER_SECONDS)
     return bool(ready[0] or ready[1])
+
+
+def _nothing(offset: int, length: int, /) -> None:
+    """A plain() that leaves every request to the slow path."""
+
+
+def _trace(event: str, request: Request, **more: object) -> None:
+    trace(
+        event,
+        command=request.command,
+        cookie=request.cookie,
+        offset=request.offset,
+        flags=request.flags,
+        **more,
+    )
 
 
 def _weight(request: Request) -> int:

@@ -27,7 +27,7 @@ _ACCEPT_PAUSE_SECONDS = 0.1
 
 
 class Log(Protocol):
-    """What the server tells: structlog's loggers fit."""
+    """What the server tells: `debug` has names of trace events (nbdserve/trace.py)."""
 
     def debug(self, event: str, **fields: object) -> None: ...
     def error(self, event: str, **fields: object) -> None: ...
@@ -105,6 +105,7 @@ class Server:
                     await trio.sleep(_ACCEPT_PAUSE_SECONDS)
             else:
                 self._clients += 1
+                self._log.debug("nbd_client_accepted", clients=self._clients)
                 clients.start_soon(self._client, sock)
                 # Whoever connects in a loop must not keep the others from being served.
                 await trio.lowlevel.checkpoint()
@@ -138,7 +139,7 @@ class Server:
                 reason = str(error)
             finally:
                 self._handshakes.discard(scope)
-        self._log.debug("negotiation failed", reason=reason)
+        self._log.debug("nbd_handshake_failed", reason=reason)
         return None
 
     async def _serve(self, stream: Stream, session: Session) -> None:
@@ -148,8 +149,8 @@ class Server:
         if self._stopping:
             connection.stop()
         try:
-            self._log.debug("client negotiated", export=export.name)
-            self._log.debug("client left", reason=await connection.run())
+            self._log.debug("nbd_negotiated", export=export.name, style=connection.style)
+            self._log.debug("nbd_client_closed", export=export.name, reason=await connection.run())
         finally:
             self._connections.discard(connection)
 

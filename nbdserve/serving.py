@@ -12,7 +12,7 @@ import trio
 from drivers.block.graph import Graph
 from drivers.catalog import Catalog
 from nbdserve.exports.nbd import NbdExport
-from nbdserve.images import open_image
+from nbdserve.images import open_export
 from nbdserve.server import Server
 from nbdserve.settings import ServeSettings
 from nbdserve.trace import trace
@@ -59,12 +59,11 @@ async def serve(
 @contextlib.asynccontextmanager
 async def opened_exports(settings: ServeSettings) -> AsyncIterator[list[NbdExport]]:
     """The exports of `settings`; in the end they are closed, the last first."""
-    catalog = Catalog()
-    graph = Graph(catalog)
+    graph = Graph(Catalog())
     async with contextlib.AsyncExitStack() as cleanup:
         exports: list[NbdExport] = []
         for wanted in settings.exports:
-            node = await open_image(graph, catalog, wanted, warn=_warn)
+            node = await open_export(graph, wanted, warn=_warn)
             try:
                 export = await NbdExport.open(
                     wanted.name,

@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable
 
 EVENTS = {
     "nbd_client_accepted": "a client connected",
-    "nbd_client_closed": "a client's connection ended",
-    "nbd_client_refused": "a client was disconnected for breaking the protocol or the time limit",
-    "nbd_option": "a client sent an option during the handshake",
-    "nbd_option_reply": "the server answered an option",
+    "nbd_client_closed": "a client's connection ended, and why",
+    "nbd_handshake_failed": "a client left, failed or took too long before it had negotiated",
     "nbd_negotiated": "a client's handshake is complete",
     "nbd_request": "a request arrived",
     "nbd_reply": "a request was answered",
@@ -18,7 +16,6 @@ EVENTS = {
     "export_opened": "an export's image was opened",
     "export_closed": "an export's image was closed",
     "server_listening": "the server accepts clients",
-    "server_remark": "a client came, left, or failed in the handshake",
     "server_stopping": "the server was told to end",
 }
 

@@ -37,11 +37,10 @@ def set_up(settings: TraceSettings, *, warn: Callable[[str], object]) -> TextIO:
 
 
 class Log:
-    """The server's remarks: ordinary ones are a trace event, errors always come to standard error."""
+    """What the server tells: ordinary events are traced, errors always come to standard error."""
 
     def debug(self, event: str, **fields: object) -> None:
-        if trace.enabled:
-            trace("server_remark", remark=event, **fields)
+        trace(event, **fields)
 
     def error(self, event: str, **fields: object) -> None:
         _logger(sys.stderr).error(event, **fields)

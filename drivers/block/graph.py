@@ -29,6 +29,10 @@ class DriverCatalog(Protocol):
         """The driver of that name, imported now. Raises OptionError."""
         ...
 
+    def prefixes(self) -> Mapping[str, str]:
+        """What file names may begin with ("nbd+unix"), and the driver each leads to."""
+        ...
+
 
 # Nested children deeper than this are an attack or a mistake.
 MAX_DEPTH = 200

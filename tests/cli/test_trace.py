@@ -52,15 +52,15 @@ def test_events_are_written_as_lines(tmp_path, monkeypatch):
     assert warnings == ["trace event 'nosuch' does not exist"]
 
 
-def test_the_servers_remarks_are_a_trace_event_and_its_errors_are_shown(monkeypatch, capsys):
+def test_what_the_server_tells_is_traced_and_its_errors_are_shown(monkeypatch, capsys):
     from nbdserve import tracing
 
     trace, seen = Tracer(), []
     monkeypatch.setattr(tracing, "trace", trace)
     log = tracing.Log()
-    log.debug("client left", reason="it was time")
-    trace.enable(["server_remark"], lambda name, **fields: seen.append(fields))
-    log.debug("client left", reason="it was time")
-    assert seen == [{"remark": "client left", "reason": "it was time"}]
+    log.debug("nbd_client_closed", reason="it was time")
+    trace.enable(["nbd_client_closed"], lambda name, **fields: seen.append((name, fields)))
+    log.debug("nbd_client_closed", reason="it was time")
+    assert seen == [("nbd_client_closed", {"reason": "it was time"})]
     log.error("a client's connection failed")
     assert 'event="a client\'s connection failed"' in capsys.readouterr().err

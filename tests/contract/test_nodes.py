@@ -10,6 +10,8 @@ from typing import Any
 from drivers.block.graph import Graph
 from drivers.block.node import Node, OpenFlags
 from drivers.catalog import Catalog
+from drivers.filter.pad import PadNode
+from drivers.filter.temporary import TemporaryOverlay
 from drivers.format.raw import RawNode
 from drivers.testing.contract import NodeContract
 from drivers.testing.memory import MemoryNode
@@ -122,3 +124,29 @@ class TestRawPartOfAFile(FileContract):
 class TestRawPartOfADirectFile(TestRawPartOfAFile):
     def tree(self, path: Path, size: int) -> dict[str, Any]:
         return {**super().tree(path, size), "cache": {"direct": True}}
+
+
+class TestTemporaryOverlay(NodeContract):
+    """The image below is never written, whatever happens above."""
+
+    resizable = False
+
+    @asynccontextmanager
+    async def opened(self, content: bytes, flags: OpenFlags, /) -> AsyncIterator[Node]:
+        below = MemoryNode(bytearray(content), flags=OpenFlags(read_only=True))
+        node = await TemporaryOverlay.over(below, flags)
+        yield node
+        await node.aclose()
+        assert below.content == content
+        assert below.closed
+
+
+class TestPad(NodeContract):
+    granularity = 512
+    resizable = False
+
+    @asynccontextmanager
+    async def opened(self, content: bytes, flags: OpenFlags, /) -> AsyncIterator[Node]:
+        node = await PadNode.over(MemoryNode(bytearray(content), flags=flags))
+        yield node
+        await node.aclose()
