@@ -38,7 +38,7 @@ How the image is opened:
   -f, --format=FORMAT      format of FILE (raw, ...); found by probing if absent
       --image-opts         FILE is a list of options: driver=raw,file.filename=F
   -r, --read-only          no client can write
-  -s, --snapshot           writes go to a file that is lost at the end (not yet)
+  -s, --snapshot           writes go to a temporary file, lost at the end
   -l, --load-snapshot=SNAPSHOT
                            export an internal snapshot (not yet)
       --cache=MODE         none, writeback (the default), writethrough,
