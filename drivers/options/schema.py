@@ -131,7 +131,16 @@ class Options:
             return value
         raise self._wrong(key, value, "a node name or a set of options")
 
+    def left(self) -> str | None:
+        """An option that nobody took, named with its full path."""
+        for key, value in self._tree.items():
+            while isinstance(value, dict) and value:
+                below, value = next(iter(value.items()))
+                key = f"{key}.{below}"
+            return key
+        return None
+
     def finish(self) -> None:
         """Raise OptionError if an option is left that nobody knew."""
-        for key in self._tree:
+        if key := self.left():
             raise OptionError(f"{self.owner} does not support the option '{key}'")

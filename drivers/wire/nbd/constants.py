@@ -156,5 +156,5 @@ class AllocationState(IntFlag):
 
 MAX_STRING = 4096  # names, descriptions, error texts, context names
 MAX_PAYLOAD = 32 << 20  # what every server must take without prior agreement
-MAX_OPTION_PAYLOAD = 1 << 20  # far above any sensible option; more ends the connection
+MAX_OPTION_PAYLOAD = 32 << 20  # far above any sensible option; more ends the connection
 MAX_EXTENTS = 131072  # descriptors of one context in a reply: 1 MiB of them

@@ -1,5 +1,7 @@
-"""What a handshake wants done next. Both sides' handshakes are generators of these steps: they
-decide, and whoever drives them moves the bytes."""
+"""A handshake is a generator of steps; whoever runs it does the input and output.
+
+A test feeds it byte strings, a connection feeds it from a socket: the machine cannot tell.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Receive:
-    """Answer with exactly `length` bytes from the peer."""
+    """Wants exactly `length` bytes, bounded by the machine; is sent them."""
 
     length: int
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send `data`; answer with b""."""
+    """Wants `data` sent; is sent b""."""
 
     data: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class StartTls:
-    """Encrypt the stream from here on; answer with b""."""
+    """Wants the stream to change to TLS now; is sent b""."""
 
 
 Step: TypeAlias = Receive | Send | StartTls

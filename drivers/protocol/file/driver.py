@@ -1,0 +1,293 @@
+"""The `file` driver: an image in a regular file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import trio
+
+from drivers.block.extents import Extent, Span
+from drivers.block.graph import OpenContext
+from drivers.block.limits import Limits
+from drivers.block.node import Node, OpenFlags, Preallocation
+from drivers.block.permission import ALL, Permission
+from drivers.errors import OptionError, RequestError
+from drivers.options.schema import Options
+from drivers.protocol.file import holes, locks, syscalls
+from drivers.protocol.file.direct import DirectFile, probe_alignment
+from drivers.protocol.file.locks import ImageLocks
+from drivers.protocol.file.transfer import BufferedFile
+
+T = TypeVar("T")
+
+# Threads that one file may occupy. They are its own, so that a hung disk starves nobody else.
+WORKERS = 16
+# Shorter reads are made without asking where the holes are: asking costs as much as reading.
+SPARSE_READ = 16 << 10
+
+_ZEROES = bytes(1 << 20)
+# How fallocate says that it cannot do this, here: then another way is tried.
+_CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTTY, errno.ENODEV)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An open file as the node takes it over. `sparse`: there may be holes in it."""
+
+    file: BufferedFile | DirectFile
+    flags: OpenFlags
+    size: int
+    alignment: int
+    sparse: bool
+    locks: ImageLocks | None
+
+
+class FileNode(Node):
+    """Reads and writes in worker threads; answers plain() unless the page cache is bypassed.
+
+    A plain read that ends early has met the end of a file that was cut behind our back: what is
+    missing reads as zeroes.
+    """
+
+    driver_name = "file"
+    supports_fua = True
+
+    def __init__(
+        self, opened: Opened, *, filename: str, name: str = "", limiter: trio.CapacityLimiter | None = None
+    ) -> None:
+        limits = Limits(request_alignment=opened.alignment, preferred_block=max(4096, opened.alignment))
+        super().__init__(flags=opened.flags, size=opened.size, limits=limits, name=name)
+        self.filename = filename
+        self._file = opened.file
+        self._fd = opened.file.fd
+        self._locks = opened.locks
+        self._sparse = opened.sparse
+        self._limiter = limiter or trio.CapacityLimiter(WORKERS)
+        self._dsync = os.RWF_DSYNC
+        self._flush_errno = 0
+
+    # --- opening ----------------------------------------------------------------------------
+
+    @classmethod
+    async def open(cls, context: OpenContext, options: Options, /) -> FileNode:
+        filename = options.string("filename", "")
+        if not filename:
+            raise OptionError(f"The '{cls.driver_name}' block driver requires a file name")
+        # All of them lead to the same worker threads.
+        aio = options.choice("aio", ("threads", "native", "io_uring"), "threads")
+        if aio == "native" and not context.flags.direct:
+            raise OptionError(
+                "aio=native was specified, but it requires cache.direct=on, which was not specified."
+            )
+        options.integer("aio-max-batch", 0)
+        locking = options.choice("locking", ("auto", "on", "off"), "auto")
+        # These two concern live migration, which has no counterpart here.
+        options.boolean("drop-cache", True)
+        options.boolean("x-check-cache-dropped", False)
+        if options.string("pr-manager", None) is not None:
+            raise OptionError("persistent reservations (pr-manager) are not supported")
+        limiter = trio.CapacityLimiter(WORKERS)
+        opened = await trio.to_thread.run_sync(
+            lambda: cls._open_file(filename, context.flags, locking), limiter=limiter
+        )
+        return cls(opened, filename=filename, name=context.name, limiter=limiter)
+
+    @classmethod
+    def _open_file(cls, filename: str, flags: OpenFlags, locking: str) -> Opened:
+        fd, flags = cls._open_fd(filename, flags)
+        tail_fd = -1
+        try:
+            status = os.fstat(fd)
+            cls._check_kind(filename, status.st_mode)
+            image_locks = None
+            if locking != "off":
+                if locks.available(fd):
+                    image_locks = ImageLocks(fd, filename)
+                elif locking == "on":
+                    raise OptionError("locking=on was specified, but this system has no OFD locks")
+            size = os.lseek(fd, 0, os.SEEK_END)
+            file: BufferedFile | DirectFile = BufferedFile(fd)
+            alignment = cls._alignment(fd)
+            if flags.direct:
+                alignment = max(alignment, probe_alignment(fd))
+                tail_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY if flags.read_only else os.O_RDWR)
+                file = DirectFile(fd, tail_fd, alignment)
+            sparse = stat.S_ISREG(status.st_mode) and status.st_blocks * 512 < size
+            return Opened(file, flags, size, alignment, sparse, image_locks)
+        except BaseException as error:
+            if tail_fd >= 0:
+                os.close(tail_fd)
+            os.close(fd)
+            if isinstance(error, OSError):
+                raise OptionError(f"Could not open '{filename}': {error.strerror}") from None
+            raise
+
+    @classmethod
+    def _open_fd(cls, filename: str, flags: OpenFlags) -> tuple[int, OpenFlags]:
+        """Open with what `flags` demand; the flags that came of it."""
+        mode = os.O_RDONLY if flags.read_only else os.O_RDWR
+        try:
+            # Looked at before, because opening a FIFO or a tape may wait or do something.
+            status = os.stat(filename)
+            if not stat.S_ISDIR(status.st_mode):
+                cls._check_kind(filename, status.st_mode)
+            fd = os.open(filename, mode | (os.O_DIRECT if flags.direct else 0))
+            try:
+                if not flags.read_only:
+                    cls._check_writable(fd)
+            except BaseException:
+                os.close(fd)
+                raise
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EROFS) and flags.auto_read_only and not flags.read_only:
+                return cls._open_fd(filename, replace(flags, read_only=True))
+            if error.errno == errno.EINVAL and flags.direct:
+                raise OptionError(
+                    f"Could not open '{filename}': filesystem does not support O_DIRECT"
+                ) from None
+            raise OptionError(f"Could not open '{filename}': {error.strerror}") from None
+        except ValueError as error:  # a null byte in the name
+            raise OptionError(f"Could not open {filename!r}: {error}") from None
+        return fd, flags
+
+    @classmethod
+    def _check_kind(cls, filename: str, mode: int) -> None:
+        if not stat.S_ISREG(mode):
+            raise OptionError(f"'{cls.driver_name}' driver requires '{filename}' to be a regular file")
+
+    @classmethod
+    def _check_writable(cls, fd: int) -> None:
+        """Raise OSError if `fd`, although open for writing, cannot be written to."""
+
+    @classmethod
+    def _alignment(cls, fd: int) -> int:
+        """What buffered requests must be multiples of, in bytes."""
+        return 1
+
+    async def _close(self) -> None:
+        await self._run(self._file.close)
+
+    async def _permissions_changed(self, needed: Permission, shared: Permission, /) -> None:
+        if self._locks is not None:
+            image_locks, shared = self._locks, ALL if self.flags.force_share else shared
+            await self._run(lambda: image_locks.change(needed, shared))
+
+    # --- requests ---------------------------------------------------------------------------
+
+    async def _run(self, function: Callable[[], T]) -> T:
+        """Run `function` in one of the node's threads. A cancellation waits for its end, since it
+        uses the caller's buffer and our descriptor."""
+        return await trio.to_thread.run_sync(function, limiter=self._limiter)
+
+    def _plain(self, offset: int, length: int, /) -> Sequence[Span] | None:
+        if self._sparse and length >= SPARSE_READ and not self.flags.direct:
+            return holes.spans(self._fd, offset, length)
+        return None if self.flags.direct else [(self._fd, offset, length)]
+
+    def _plain_write(self, offset: int, length: int, /) -> Sequence[Span] | None:
+        return None if self.flags.direct else [(self._fd, offset, length)]
+
+    async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
+        await self._run(lambda: self._file.read(offset, buffer))
+
+    async def _write(self, offset: int, data: memoryview, /, *, fua: bool) -> None:
+        await self._run(lambda: self._write_through(offset, data) if fua else self._file.write(offset, data))
+
+    def _write_through(self, offset: int, data: memoryview) -> None:
+        if self._dsync:
+            try:
+                self._file.write(offset, data, self._dsync)
+                return
+            except OSError as error:
+                if error.errno == errno.EIO:
+                    # The kernel tells of lost pages once: no later fdatasync would.
+                    self._flush_errno = errno.EIO
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+            self._dsync = 0
+        self._file.write(offset, data)
+        self._sync()
+
+    async def _flush(self) -> None:
+        await self._run(self._sync)
+
+    def _sync(self) -> None:
+        """fdatasync. Once it failed, the kernel takes the lost pages for clean and the next call
+        would succeed; so it is not asked again."""
+        if not self._flush_errno:
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                self._flush_errno = error.errno or errno.EIO
+        if self._flush_errno:
+            raise RequestError(self._flush_errno)
+
+    async def _cache(self, offset: int, length: int, /) -> None:
+        if not self.flags.direct:
+            await self._run(lambda: os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED))
+
+    async def _block_status(self, offset: int, length: int, /) -> list[Extent]:
+        return await self._run(lambda: holes.extents(self._fd, offset, length))
+
+    async def _discard(self, offset: int, length: int, /) -> None:
+        self._sparse = True
+        await self._run(lambda: self._first_of([syscalls.punch_hole], offset, length))
+
+    async def _write_zeroes(self, offset: int, length: int, /, *, may_unmap: bool, fast: bool) -> None:
+        self._sparse = True
+        ways = [syscalls.zero_range, _punch_and_allocate]
+        if may_unmap:
+            ways.insert(0, syscalls.punch_hole)
+        await self._run(lambda: self._first_of(ways, offset, length))
+
+    def _first_of(self, ways: Sequence[Callable[[int, int, int], None]], offset: int, length: int) -> None:
+        """Call the first of `ways` that the system can; RequestError(ENOTSUP) if there is none."""
+        for way in ways:
+            try:
+                way(self._fd, offset, length)
+                return
+            except OSError as error:
+                if error.errno not in _CANNOT:
+                    raise
+        raise RequestError(errno.ENOTSUP)
+
+    async def _truncate(self, size: int, /, *, preallocation: Preallocation) -> None:
+        self._sparse = True
+        await self._run(lambda: self._resize(size, preallocation))
+
+    def _resize(self, size: int, preallocation: Preallocation) -> None:
+        before = os.fstat(self._fd).st_size
+        if preallocation is Preallocation.METADATA:
+            raise RequestError(errno.ENOTSUP, "Unsupported preallocation mode 'metadata'")
+        if preallocation is not Preallocation.OFF and size < before:
+            raise RequestError(errno.ENOTSUP, "Preallocation can't be used for shrinking files")
+        try:
+            if preallocation is Preallocation.FALLOC and size > before:
+                os.posix_fallocate(self._fd, before, size - before)
+                return
+            os.ftruncate(self._fd, size)
+            if preallocation is Preallocation.FULL:
+                self._write_out_zeroes(before, size)
+        except OSError:
+            if size > before:
+                os.ftruncate(self._fd, before)
+            raise
+
+    def _write_out_zeroes(self, start: int, end: int) -> None:
+        # Through the page cache even for a direct file: the old end need not be aligned.
+        fd = self._file.tail_fd if isinstance(self._file, DirectFile) else self._fd
+        file = BufferedFile(fd)
+        for offset in range(start, end, len(_ZEROES)):
+            file.write(offset, memoryview(_ZEROES)[: end - offset])
+        os.fdatasync(fd)
+
+
+def _punch_and_allocate(fd: int, offset: int, length: int) -> None:
+    """Zeroes with storage behind them, for filesystems that know holes but no ZERO_RANGE."""
+    syscalls.punch_hole(fd, offset, length)
+    syscalls.fallocate(fd, 0, offset, length)

@@ -1,0 +1,75 @@
+"""Metadata contexts of an export: block status in the terms of the protocol."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from drivers.block.extents import Extent, ExtentFlags
+from drivers.block.node import Node
+from drivers.wire.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, AllocationState
+
+# (length in bytes, status) of neighbouring runs.
+Statuses = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """`status` says what an extent is; `combined` what a block is that two extents share."""
+
+    status: Callable[[Extent], int]
+    combined: Callable[[int, int], int]
+
+    async def describe(self, node: Node, offset: int, length: int, *, alignment: int = 1) -> Statuses:
+        """A range of `node`: at least one run, perhaps not all of it. `alignment` is the block size
+        that the client was promised: every run is a multiple of it, but for the image's end."""
+        extents = await node.block_status(offset, length)
+        pairs = ((extent.length, self.status(extent)) for extent in extents)
+        return _joined(self._whole_blocks(pairs, alignment) if alignment > 1 else pairs)
+
+    def _whole_blocks(self, pairs: Iterable[tuple[int, int]], alignment: int) -> Iterable[tuple[int, int]]:
+        partial, partial_status = 0, 0
+        for length, status in pairs:
+            if partial:
+                # The block that began with the extents before.
+                filled = min(length, alignment - partial)
+                partial_status = self.combined(partial_status, status)
+                partial += filled
+                length -= filled
+                if partial == alignment:
+                    yield partial, partial_status
+                    partial = 0
+            whole = length // alignment * alignment
+            if whole:
+                yield whole, status
+            if length > whole:
+                partial, partial_status = length - whole, status
+        if partial:
+            yield partial, partial_status
+
+
+def _allocation_state(extent: Extent) -> int:
+    state = 0
+    if not extent.flags & ExtentFlags.DATA:
+        state |= AllocationState.HOLE
+    if extent.flags & ExtentFlags.ZERO:
+        state |= AllocationState.ZERO
+    return state
+
+
+def _joined(pairs: Iterable[tuple[int, int]]) -> Statuses:
+    out: Statuses = []
+    for length, status in pairs:
+        if out and out[-1][1] == status:
+            out[-1] = out[-1][0] + length, status
+        else:
+            out.append((length, status))
+    return out
+
+
+CONTEXTS = {
+    # What one part of a block has and the other has not, the block has not.
+    BASE_ALLOCATION: Context(_allocation_state, operator.and_),
+    ALLOCATION_DEPTH: Context(operator.attrgetter("depth"), max),
+}
