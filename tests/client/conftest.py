@@ -7,6 +7,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,6 +48,15 @@ class Peers:
 
         def command(sock: str, pid: str) -> list[str]:
             return ["qemu-nbd", "-t", "-k", sock, "--fork", "--pid-file", pid, *form, *options, str(image)]
+
+        return self._start(command)
+
+    def nbdserve(self, image: Path, *options: str) -> str:
+        """Our own: the only server here with extended headers."""
+
+        def command(sock: str, pid: str) -> list[str]:
+            ours = [sys.executable, "-m", "nbdserve", "-f", "raw", "-t", "-k", sock, "--fork"]
+            return [*ours, "--pid-file", pid, *options, str(image)]
 
         return self._start(command)
 

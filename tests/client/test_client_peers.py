@@ -52,6 +52,27 @@ async def test_qemu_nbd(peers: Any, image: Path, options: dict[str, bool], proto
         assert disk.contexts == (("base:allocation",) if protocol == "structured" else ())
 
 
+async def test_nbdserve_with_extended_headers(peers: Any, image: Path, tmp_path: Path) -> None:
+    await exercise(peers.nbdserve(image), image)
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(6 << 30)
+    uri = peers.nbdserve(large, "-e", "4", "-A", "--discard=unmap")
+    contexts = ["base:allocation", "qemu:allocation-depth"]
+    async with nbdclient.connect(uri, contexts=contexts, connections=3) as disk:
+        assert (disk.protocol, disk.connections) == ("extended", 3)
+        assert disk.can_block_status_payload
+        # One request each, beyond 32 bits.
+        await disk.zero(0, disk.size)
+        await disk.trim(0, disk.size)
+        assert await disk.block_status(0, disk.size) == {
+            "base:allocation": [(disk.size, 3)],
+            "qemu:allocation-depth": [(disk.size, 1)],
+        }
+        only = await disk.block_status(0, disk.size, contexts=contexts[1:], one=True)
+        assert only == {"qemu:allocation-depth": [(disk.size, 1)]}
+
+
 @pytest.mark.peer("nbdkit")
 @pytest.mark.parametrize(
     "options",
