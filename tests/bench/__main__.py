@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -108,21 +109,24 @@ def start(name: str, image: str, transport: str, directory: Path) -> Server:
         config.write_text(
             f"[generic]\nlistenaddr=127.0.0.1\nport={port}\n{listen}[disk]\nexportname={image}\n"
         )
-        command = ["nbd-server", "-d", "-C", str(config)]
+        command = ["nbd-server", "-C", str(config), "-p", str(directory / "nbd-server.pid")]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     uri = f"nbd+unix:///{export}?socket={path}" if unix else f"nbd://127.0.0.1:{port}/{export}"
     server = Server(name, process, uri, process.pid)
     deadline = time.monotonic() + 20
     while subprocess.run(["nbdinfo", "--size", uri], capture_output=True).returncode:
-        if time.monotonic() > deadline or process.poll() is not None:
+        if time.monotonic() > deadline or process.poll():
             stop(server)
             sys.exit(f"{name} does not serve: {' '.join(command)}")
         time.sleep(0.05)
+    if process.poll() == 0:  # nbd-server has put itself into the background
+        server.pid = int((directory / "nbd-server.pid").read_text())
     return server
 
 
 def stop(server: Server) -> None:
-    server.process.terminate()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(server.pid, signal.SIGTERM)
     try:
         server.process.wait(10)
     except subprocess.TimeoutExpired:
