@@ -61,7 +61,9 @@ class Server:
         for pid in (self.pid, *_children(self.pid)):
             with contextlib.suppress(OSError):
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                total += (int(fields[11]) + int(fields[12])) / TICKS
+                # utime, stime; of the server itself also those of its children that have ended.
+                last = 15 if pid == self.pid else 13
+                total += sum(map(int, fields[11:last])) / TICKS
         return total
 
 
