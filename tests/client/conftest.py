@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -93,6 +94,7 @@ class Peers:
         sock, pid = self.directory / f"{number}.sock", self.directory / f"{number}.pid"
         self.pid_files.append(pid)
         subprocess.run(command(str(sock), str(pid)), check=True, timeout=20, stdin=subprocess.DEVNULL)
+        _wait_for(sock)
         return f"nbd+unix:///?socket={sock}"
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
@@ -101,6 +103,19 @@ class Peers:
             if pid_file.exists():
                 stop(int(pid_file.read_text()), number)
                 pid_file.unlink(missing_ok=True)
+
+
+def _wait_for(path: Path) -> None:
+    """Not every server listens before it goes to the background."""
+    deadline = time.monotonic() + 20
+    while True:
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+                return
+            except (FileNotFoundError, ConnectionRefusedError):
+                assert time.monotonic() < deadline, f"nobody listens on {path}"
+        time.sleep(0.01)
 
 
 @pytest.fixture
