@@ -57,6 +57,7 @@ BATCHES_PER_CHECKPOINT = 32
 # parked: putting a processor to sleep and waking it costs more than the client needs.
 SPIN_SECONDS = 25e-6
 LINGER_SECONDS = 50e-6
+COLD_SECONDS = 150e-6  # the same for the disk
 LINGER_PATIENCE = 8  # fruitless waits before giving up, until the next LINGER_RETRY batches
 LINGER_RETRY = 64
 LINGER_STREAK = 8  # batches without any other connection at work
@@ -94,6 +95,7 @@ class Connection:
         self._replies = Replies(structured=session.structured, extended=session.extended)
         self._lock = trio.Lock()  # held for the sending of one message
         self._stopping = False
+        self._cold_patience = LINGER_PATIENCE
         # select()'s own limit; and waiting actively on a single processor starves the client.
         self._can_linger = stream.socket.fileno() < 1024 and len(os.sched_getaffinity(0)) > 1
         self._in_flight = 0
@@ -161,6 +163,7 @@ class Connection:
         clock = time.perf_counter
         fileno, can_linger = sock.fileno(), self._can_linger
         lone = False
+        cold: list[Request] = []
         patience, batches = LINGER_PATIENCE, 0
         start = end = out_end = 0
 
@@ -215,7 +218,12 @@ class Connection:
                                     self._nowait = nowait = 0
                                     continue
                                 if error.errno == errno.EAGAIN:
+                                    # The disk begins on it now; the waiting is done for all of a
+                                    # batch at once.
                                     os.posix_fadvise(fd, position, length, os.POSIX_FADV_WILLNEED)
+                                    cold.append(Request(command, flags, cookie, offset, length))
+                                    start += header_size
+                                    continue
                             if done == length:
                                 if extended:
                                     pack_extended_data(
@@ -274,6 +282,9 @@ class Connection:
                 if out_end:
                     await self._send(out_view[:out_end])
                     out_end = 0
+                if cold:
+                    await self._start_cold(cold)
+                    cold = []
                 if command == _DISC:
                     return "the client disconnected"
                 start += header_size
@@ -293,6 +304,9 @@ class Connection:
                         await self._send(out_view[count:out_end])
                 out_end = 0
                 pace.note(clock() - began)
+            if cold:
+                await self._start_cold(cold)
+                cold = []
 
             batches += 1
             if activity.last is self:
@@ -575,11 +589,98 @@ class Connection:
         except OSError:
             self.stop()  # nobody is there to read an answer
         finally:
-            self._in_flight -= 1
-            self._bytes_in_flight -= _weight(request)
-            if self._room is not None:
-                self._room.set()
-                self._room = None
+            self._finished(1, _weight(request))
+
+    def _finished(self, count: int, weight: int) -> None:
+        self._in_flight -= count
+        self._bytes_in_flight -= weight
+        if self._room is not None:
+            self._room.set()
+            self._room = None
+
+    async def _start_cold(self, requests: list[Request]) -> None:
+        """Wait for these reads, which the disk has been told of: for a moment here, since a quick
+        disk has them before a thread has begun to wait, then in one thread for all of them."""
+        if self._cold_patience > 0 and self._can_linger and self._activity.streak > LINGER_STREAK:
+            parts, requests = self._poll_cold(requests)
+            if parts:
+                await self._send(b"".join(parts))
+                self._cold_patience = LINGER_PATIENCE
+            else:
+                self._cold_patience -= 1
+                if not self._cold_patience:
+                    self._cold_patience = -LINGER_RETRY
+            if not requests:
+                return
+        elif self._cold_patience < 0:
+            self._cold_patience += 1
+            if not self._cold_patience:
+                self._cold_patience = LINGER_PATIENCE
+        weight = sum(map(_weight, requests))
+        await self._wait_for_room(weight)
+        self._in_flight += len(requests)
+        self._bytes_in_flight += weight
+        self._nursery.start_soon(self._read_cold, requests, weight)
+
+    def _poll_cold(self, requests: list[Request]) -> tuple[list[Buffer], list[Request]]:
+        """Ask the page cache for these reads until they are there, COLD_SECONDS at most. Replies to
+        those that came, and the others."""
+        node, clock = self._export.node, time.perf_counter
+        deadline = clock() + COLD_SECONDS
+        parts: list[Buffer] = []
+        for number, request in enumerate(requests):
+            cookie, at, length = request.cookie, request.offset, request.length
+            spans = node.plain(at, length)
+            if spans is None or len(spans) != 1 or spans[0][0] < 0:
+                return parts, requests[number:]
+            buffer = bytearray(length)
+            done = -1
+            while done != length:
+                try:
+                    done = os.preadv(spans[0][0], (buffer,), spans[0][1], self._nowait)
+                except BlockingIOError:
+                    done = -1
+                except OSError:
+                    return parts, requests[number:]
+                if done != length and clock() > deadline:
+                    return parts, requests[number:]
+            parts += (self._replies.data(cookie, at, at, length, done=True), buffer)
+        return parts, []
+
+    async def _read_cold(self, requests: list[Request], weight: int) -> None:
+        node = self._export.node
+        jobs: list[Span] = []
+        held = []
+        waiting = []
+        others = []
+        for request in requests:
+            spans = node.plain(request.offset, request.length)
+            if spans is not None and len(spans) == 1 and spans[0][0] >= 0:
+                jobs.append(spans[0])
+                held.append(node.hold(request.offset, request.length))
+                waiting.append(request)
+            else:
+                others.append(request)
+        try:
+            try:
+                found = await trio.to_thread.run_sync(read_spans, jobs, limiter=self._export.threads)
+            finally:
+                for hold in held:
+                    node.release(hold)
+            parts: list[Buffer] = []
+            for request, data in zip(waiting, found, strict=True):
+                if data is None:
+                    others.append(request)  # fails once more, and is reported
+                else:
+                    cookie, at = request.cookie, request.offset
+                    parts += (self._replies.data(cookie, at, at, len(data), done=True), data)
+            await self._send(b"".join(parts))
+            for request in others:
+                await self._send(*await execute(self._export, self._session, self._replies, request))
+        except OSError:
+            self.stop()  # nobody is there to read an answer
+        finally:
+            self._finished(len(requests), weight)
 
     # --- sending ----------------------------------------------------------------------------
 
@@ -643,6 +744,19 @@ def _trace(event: str, request: Request, **more: object) -> None:
 
 def _weight(request: Request) -> int:
     return request.length if request.command in (Command.READ, Command.WRITE) else 0
+
+
+def read_spans(spans: Sequence[Span]) -> list[bytearray | None]:
+    """The bytes of each span; None where they could not be read whole. Waits for the disk."""
+    found: list[bytearray | None] = []
+    for fd, position, length in spans:
+        buffer = bytearray(length)
+        try:
+            done = os.preadv(fd, (buffer,), position)
+        except OSError:
+            done = -1
+        found.append(buffer if done == length else None)
+    return found
 
 
 def _write_all(fd: int, data: memoryview, position: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+import trio
+
 from drivers.block.edge import Edge, attach
 from drivers.block.node import Node
 from drivers.block.permission import ALL, Permission
@@ -17,6 +19,8 @@ from drivers.wire.nbd.constants import (
     TransmissionFlag,
 )
 from drivers.wire.nbd.server_handshake import ExportInfo
+
+MAX_THREADS = 8
 
 
 class Pace:
@@ -62,6 +66,8 @@ class NbdExport:
         self.writethrough = writethrough
         self.info = info
         self.pace = Pace()
+        # Threads that wait for this export's disk: a hung one holds up no other export.
+        self.threads = trio.CapacityLimiter(MAX_THREADS)
         self._edge: Edge | None = None
 
     @classmethod
