@@ -165,5 +165,8 @@ async def _drive(handshake: Handshake[Session | None], stream: Stream) -> Sessio
         answer = b""
         if isinstance(step, Receive):
             answer = await stream.receive_exactly(step.length)
+            # It does not wait for what is there already: a client that sends without a pause would
+            # have the loop to itself, and no limit in time would reach it.
+            await trio.lowlevel.checkpoint()
         elif isinstance(step, Send):
             await stream.send_all(step.data)
