@@ -18,39 +18,31 @@ import pytest
 from tests.hostile.client import TIMEOUT, Client
 
 SIZE = 64 << 20
-# Sockets are handed over listening, so that the first connection need not wait for the start.
-ACTIVATE = 'export LISTEN_PID=$$ LISTEN_FDS=$1; shift; eval "exec $REDIRECT"; exec "$@"'
+# The socket is handed over listening, so that the first client need not wait for the start.
+ACTIVATE = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&$LISTENER'
 
 Address = str | tuple[str, int]
 
 
 class Served:
-    """An nbdserve process. `address` is the first of its sockets'."""
+    """An nbdserve process. `address` is its socket's."""
 
     def __init__(
-        self, *arguments: str, listeners: list[socket.socket], setup: Callable[[], None] | None = None
+        self, *arguments: str, listener: socket.socket, setup: Callable[[], None] | None = None
     ) -> None:
-        self.addresses: list[Address] = [listener.getsockname()[:2] for listener in listeners]
-        if listeners[0].family == socket.AF_UNIX:
-            self.addresses = [listener.getsockname() for listener in listeners]
-        self.address = self.addresses[0]
-        high = [os.dup(listener.fileno()) for listener in listeners]
-        redirect = " ".join(f"{number}<&{fd}" for number, fd in enumerate(high, 3))
+        name = listener.getsockname()
+        self.address: Address = name if listener.family == socket.AF_UNIX else name[:2]
         self.process = subprocess.Popen(
-            ["bash", "-c", ACTIVATE, "activate", str(len(listeners)), sys.executable, "-m", "nbdserve"]
-            + list(arguments),
+            ["bash", "-c", ACTIVATE, "activate", sys.executable, "-m", "nbdserve", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            pass_fds=high,
-            env={**os.environ, "REDIRECT": redirect + "".join(f" {fd}<&-" for fd in high if fd > 9)},
+            pass_fds=[listener.fileno()],
+            env={**os.environ, "LISTENER": str(listener.fileno())},
             preexec_fn=setup,
         )
-        for fd in high:
-            os.close(fd)
-        for listener in listeners:
-            listener.close()
+        listener.close()
         self.pid = self.process.pid
 
     def connect(self) -> Client:
@@ -132,19 +124,16 @@ def serve(tmp_path: Path, disk: Path) -> Iterator[Serve]:
 
     def start(
         *arguments: str,
-        listeners: list[socket.socket] | None = None,
+        listener: socket.socket | None = None,
         setup: Callable[[], None] | None = None,
     ) -> Served:
-        if listeners is None:
-            listeners = [unix_listener(tmp_path / f"s{len(started)}")]
         wanted = arguments or ("-t", "-e", "0", "-f", "raw", str(disk))
-        server = Served(*wanted, listeners=listeners, setup=setup)
+        server = Served(*wanted, listener=listener or unix_listener(tmp_path / f"s{len(started)}"), setup=setup)
         started.append(server)
         return server
 
     with contextlib.ExitStack() as cleanup:
-        for_all = started
-        cleanup.callback(_kill, for_all)
+        cleanup.callback(_kill, started)
         yield start
         for server in started:
             if server.process.returncode is None:
