@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import select
 import socket
@@ -100,7 +101,7 @@ class Connection:
         self._bytes_in_flight = 0
         self._room: trio.Event | None = None
         self._nursery: trio.Nursery
-        self._out = bytearray(BUFFER_SIZE)
+        self._out = _buffer()
         self._out_view = memoryview(self._out)
         self._turn_ends = 0.0
         # Reads that must not block; 0 where the file system does not know the flag.
@@ -146,7 +147,7 @@ class Connection:
         pack_extended = messages.EXTENDED_REPLY.pack_into
         pack_structured_data = _STRUCTURED_DATA.pack_into
         pack_extended_data = _EXTENDED_DATA.pack_into
-        buffer = bytearray(BUFFER_SIZE)
+        buffer = _buffer()
         view = memoryview(buffer)
         out, out_view = self._out, self._out_view
         nowait = self._nowait
@@ -611,6 +612,12 @@ class Connection:
         if not (alone and in_turn and _soon((), (self._stream.socket.fileno(),))):
             await self._stream.wait_writable()
             self._turn_ends = time.perf_counter() + TURN_SECONDS
+
+
+def _buffer() -> mmap.mmap:
+    """BUFFER_SIZE bytes in pages of their own: those that an idle client never fills cost nothing,
+    and all go back to the system when it leaves."""
+    return mmap.mmap(-1, BUFFER_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _soon(readable: Sequence[int], writable: Sequence[int]) -> bool:
