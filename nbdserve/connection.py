@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import select
 import socket
@@ -51,8 +52,9 @@ INLINE_READ = 64 << 10
 # is always let in.
 MAX_IN_FLIGHT = 32
 MAX_BYTES_IN_FLIGHT = MAX_PAYLOAD
-# Batches between two checkpoints: others get their turn, and a cancellation is noticed.
-BATCHES_PER_CHECKPOINT = 32
+# So long a connection may have the loop to itself while there is work: then others get their turn,
+# and a cancellation is noticed.
+TURN_SECONDS = 1e-3
 # A lone, quick client is waited for actively for so long, then in the kernel, before the task is
 # parked: putting a processor to sleep and waking it costs more than the client needs.
 SPIN_SECONDS = 25e-6
@@ -102,8 +104,9 @@ class Connection:
         self._bytes_in_flight = 0
         self._room: trio.Event | None = None
         self._nursery: trio.Nursery
-        self._out = bytearray(BUFFER_SIZE)
+        self._out = _buffer()
         self._out_view = memoryview(self._out)
+        self._turn_ends = 0.0
         # Reads that must not block; 0 where the file system does not know the flag.
         self._nowait = os.RWF_NOWAIT
 
@@ -156,7 +159,7 @@ class Connection:
         pack_extended = messages.EXTENDED_REPLY.pack_into
         pack_structured_data = _STRUCTURED_DATA.pack_into
         pack_extended_data = _EXTENDED_DATA.pack_into
-        buffer = bytearray(BUFFER_SIZE)
+        buffer = _buffer()
         view = memoryview(buffer)
         out, out_view = self._out, self._out_view
         nowait = self._nowait
@@ -182,6 +185,7 @@ class Connection:
                 count = receive_into(view[end:] if end else view)
             except BlockingIOError:
                 await self._stream.wait_readable()
+                self._turn_ends = clock() + TURN_SECONDS
                 continue
             if not count:
                 if start != end:
@@ -201,6 +205,7 @@ class Connection:
                         if spans is not None and len(spans) == 1:
                             if out_end + data_header_size + length > BUFFER_SIZE:
                                 await self._send(out_view[:out_end])
+                                await self._give_way()
                                 out_end = 0
                                 began = clock()
                                 continue  # an await ends a span's life: ask again
@@ -264,6 +269,7 @@ class Connection:
                         if done == length:
                             if out_end + 32 > BUFFER_SIZE:
                                 await self._send(out_view[:out_end])
+                                await self._give_way()
                                 out_end = 0
                                 began = clock()
                             if extended:
@@ -291,6 +297,9 @@ class Connection:
                 request = Request(command, flags, cookie, offset, length)
                 start, end = await self._other(request, view, start, end)
                 began = clock()
+                if began > self._turn_ends:
+                    await self._give_way()
+                    began = clock()
 
             if out_end:
                 if self._lock.locked():
@@ -319,8 +328,19 @@ class Connection:
                 patience = LINGER_PATIENCE
             if self._stopping:
                 return _STOPPED
-            if not batches % BATCHES_PER_CHECKPOINT:
-                await trio.lowlevel.checkpoint()
+            if clock() > self._turn_ends:
+                await self._give_way()
+
+    async def _give_way(self) -> None:
+        """Let the others go first, if this connection has had its turn."""
+        if time.perf_counter() > self._turn_ends:
+            await trio.lowlevel.checkpoint()
+            self._turn_ends = time.perf_counter() + TURN_SECONDS
+
+    async def _receive(self, view: memoryview) -> int:
+        """More of a payload, however quickly it comes in: a part of `view`, 0 if the client left."""
+        await self._give_way()
+        return await self._stream.receive_into(view)
 
     # --- what leaves the fast path ----------------------------------------------------------
 
@@ -402,7 +422,7 @@ class Connection:
         done = min(length, end - start)
         target[:done] = view[start : start + done]
         while done < length:
-            count = await self._stream.receive_into(target[done:])
+            count = await self._receive(target[done:])
             if not count:
                 raise ProtocolError("the client left in the middle of a write")
             done += count
@@ -412,7 +432,7 @@ class Connection:
         """Drop the `length` bytes that follow, so that the stream stays in step."""
         while length > end - start:
             length -= end - start
-            start, end = 0, await self._stream.receive_into(view)
+            start, end = 0, await self._receive(view)
             if not end:
                 raise ProtocolError("the client left in the middle of a request")
         return start + length, end
@@ -448,7 +468,7 @@ class Connection:
                 start += count
                 if not left:
                     break
-                start, end = 0, await self._stream.receive_into(view)
+                start, end = 0, await self._receive(view)
                 if not end:
                     raise ProtocolError("the client left in the middle of a write")
         finally:
@@ -711,8 +731,16 @@ class Connection:
     async def _writable(self) -> None:
         """Wait until the client has taken some of what was sent."""
         alone = self._can_linger and self._activity.streak > LINGER_STREAK
-        if not (alone and _soon((), (self._stream.socket.fileno(),))):
+        in_turn = time.perf_counter() < self._turn_ends
+        if not (alone and in_turn and _soon((), (self._stream.socket.fileno(),))):
             await self._stream.wait_writable()
+            self._turn_ends = time.perf_counter() + TURN_SECONDS
+
+
+def _buffer() -> mmap.mmap:
+    """BUFFER_SIZE bytes in pages of their own: those that an idle client never fills cost nothing,
+    and all go back to the system when it leaves."""
+    return mmap.mmap(-1, BUFFER_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _soon(readable: Sequence[int], writable: Sequence[int]) -> bool:
