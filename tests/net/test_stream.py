@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 import trio
@@ -41,8 +42,8 @@ async def test_tcp_peers_are_prompt_and_their_death_is_noticed() -> None:
 
 async def test_unix_sockets_hold_a_large_reply() -> None:
     left, right = map(Stream, socket.socketpair())
-    with open("/proc/sys/net/core/wmem_max") as limit:
-        expected = 2 * min(int(limit.read()), UNIX_SEND_BUFFER)  # the kernel doubles what it is told
+    limit = Path("/proc/sys/net/core/wmem_max").read_text()
+    expected = 2 * min(int(limit), UNIX_SEND_BUFFER)  # the kernel doubles what it is told
     assert left.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == expected
     left.close()
     right.close()
