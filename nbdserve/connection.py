@@ -162,7 +162,7 @@ class Connection:
         buffer = _buffer()
         view = memoryview(buffer)
         out, out_view = self._out, self._out_view
-        nowait = self._nowait
+        nowait, stall = self._nowait, pace.STALL_SECONDS
         clock = time.perf_counter
         fileno, can_linger = sock.fileno(), self._can_linger
         lone = False
@@ -200,7 +200,11 @@ class Connection:
                     raise ProtocolError(f"bad request magic {magic:#x}")
 
                 if command == _READ and flags <= _FUA and offset + length <= size:
-                    if 0 < length <= INLINE_READ and not (offset | length) & mask:
+                    if (
+                        0 < length <= INLINE_READ
+                        and not (offset | length) & mask
+                        and (nowait or pace.inline or pace.recover())
+                    ):
                         spans = plain(offset, length)
                         if spans is not None and len(spans) == 1:
                             if out_end + data_header_size + length > BUFFER_SIZE:
@@ -214,6 +218,10 @@ class Connection:
                             try:
                                 if fd >= 0:
                                     done = preadv(fd, (out_view[at : at + length],), position, nowait)
+                                    if not nowait:
+                                        now = clock()
+                                        pace.note(now - began)
+                                        began = now
                                 else:
                                     out_view[at : at + length] = _ZEROES[:length]
                                     done = length
@@ -266,6 +274,8 @@ class Connection:
                             done = pwrite(spans[0][0], view[payload : payload + length], spans[0][1])
                         except OSError:
                             done = -1  # the slow path meets it again, and reports it
+                        if clock() - began >= stall:  # the next one may have to wait as well
+                            pace.note(stall)
                         if done == length:
                             if out_end + 32 > BUFFER_SIZE:
                                 await self._send(out_view[:out_end])
@@ -443,36 +453,28 @@ class Connection:
         """Write a long payload piece by piece as it arrives, or None where the bytes cannot be
         overwritten in place. A client that leaves midway leaves a part written."""
         export, offset, length = self._export, request.offset, request.length
-        pace = export.pace
-        if export.writethrough or not (pace.inline or pace.recover()):
+        if export.writethrough or not (export.pace.inline or export.pace.recover()):
             return None
         spans = export.node.plain_write(offset, length)
         if spans is None or len(spans) != 1:
             return None
-        fd, position, _ = spans[0]
-        held = export.node.hold(offset, length)
         failure: OSError | None = None
-        try:
-            left = length
-            while True:
-                count = min(left, end - start)
-                if count and failure is None:
-                    began = time.perf_counter()
-                    try:
-                        _write_all(fd, view[start : start + count], position)
-                    except OSError as error:
-                        failure = error
-                    pace.note(time.perf_counter() - began)
-                left -= count
-                position += count
-                start += count
-                if not left:
-                    break
-                start, end = 0, await self._receive(view)
-                if not end:
-                    raise ProtocolError("the client left in the middle of a write")
-        finally:
-            export.node.release(held)
+        left = length
+        while True:
+            count = min(left, end - start)
+            if count and failure is None:
+                try:
+                    await self._write_part(offset + length - left, view[start : start + count])
+                except OSError as error:
+                    failure = error
+            left -= count
+            start += count
+            if not left:
+                break
+            # The client may never send the rest: nothing is held, but asked for again.
+            start, end = 0, await self._receive(view)
+            if not end:
+                raise ProtocolError("the client left in the middle of a write")
         if failure is None:
             await self._send(self._replies.success(request.cookie, offset))
             if trace.enabled:
@@ -483,6 +485,19 @@ class Connection:
             number = wire_error(failure.errno)
             await self._send(self._replies.error(request.cookie, offset, number, failure.strerror or ""))
         return start, end
+
+    async def _write_part(self, offset: int, data: memoryview) -> None:
+        """Write in place, or as any request where that is not possible (any more), or too slow."""
+        node, pace = self._export.node, self._export.pace
+        spans = node.plain_write(offset, len(data)) if pace.inline or pace.recover() else None
+        if spans is None or len(spans) != 1:
+            await node.write(offset, data)
+            return
+        began = time.perf_counter()
+        try:
+            _write_all(spans[0][0], data, spans[0][1])
+        finally:
+            pace.note(time.perf_counter() - began)
 
     # --- large reads ------------------------------------------------------------------------
 
@@ -495,18 +510,14 @@ class Connection:
         if spans is None or not self._resident(spans):
             return False
         one_chunk = len(spans) > 1 and (not self._replies.structured or bool(request.flags & _DF))
-        held = self._export.node.hold(offset, length)
+        await self._begin_message()
         try:
-            if self._lock.locked():
-                await self._lock.acquire()
-            else:
-                self._lock.acquire_nowait()
-            try:
-                await self._send_spans(request, spans, one_chunk)
-            finally:
-                self._lock.release()
+            await self._send_spans(request, spans, one_chunk)
+        except BaseException:
+            self._break_off()
+            raise
         finally:
-            self._export.node.release(held)
+            self._lock.release()
         if trace.enabled:
             _trace("nbd_reply", request)
         return True
@@ -533,57 +544,82 @@ class Connection:
         return resident
 
     async def _send_spans(self, request: Request, spans: Sequence[Span], one_chunk: bool) -> None:
-        """Send a whole read reply; the lock is held. Chunks end with one of their own, because a
-        sendfile that fails must still be reported."""
+        """Send a whole read reply; the lock is held. The spans tell how it is cut into chunks. These
+        end with one of their own, because a sendfile that fails must still be reported."""
         replies, cookie, offset = self._replies, request.cookie, request.offset
         at = offset
         failure: OSError | None = None
         if one_chunk:
             await self._put(replies.data(cookie, offset, offset, request.length, done=False), more=True)
-        for fd, position, length in spans:
-            if fd < 0 and not one_chunk and replies.structured:
+            failure = await self._put_range(offset, request.length)
+            spans = ()
+        for fd, _, length in spans:
+            if fd < 0 and replies.structured:
                 await self._put(replies.hole(cookie, offset, at, length, done=False), more=True)
             else:
-                if not one_chunk:
-                    await self._put(replies.data(cookie, offset, at, length, done=False), more=True)
-                failure = await self._put_span(fd, position, length) or failure
+                await self._put(replies.data(cookie, offset, at, length, done=False), more=True)
+                failure = await self._put_range(at, length) or failure
             at += length
         if failure is None:
             end = replies.done(cookie, offset)
-        elif replies.structured:
-            end = replies.error(cookie, offset, wire_error(failure.errno), failure.strerror or "")
         else:
-            raise ProtocolError(f"a read failed after its reply had begun: {failure}")
+            end = replies.error(cookie, offset, wire_error(failure.errno), failure.strerror or "")
         if end:
             await self._put(end)
 
-    async def _put_span(self, fd: int, position: int, length: int) -> OSError | None:
-        """Send `length` bytes of a file; what cannot be read is sent as zeroes and the error
-        returned, since the chunk must be complete."""
-        sock = self._stream.socket
-        out = sock.fileno()
-        failure = None
-        while length and fd >= 0:
-            began = time.perf_counter()
-            try:
-                count = os.sendfile(out, fd, position, length)
-            except BlockingIOError:
-                await self._writable()
-                continue
-            except OSError as error:
-                if error.errno in (errno.EPIPE, errno.ECONNRESET):
-                    raise
-                failure = error
-                break
-            self._export.pace.note(time.perf_counter() - began)
-            if not count:
-                break  # the file ends before the image does: the rest reads as zeroes
-            position += count
-            length -= count
+    async def _put_range(self, at: int, length: int) -> OSError | None:
+        """Send `length` bytes of the export from `at` on, which is all of a chunk; what cannot be read
+        is sent as zeroes and the error returned. A simple reply has said that there is none: it must
+        not be completed, so ProtocolError.
+
+        A client may take its time, or never come back for the rest, and must not keep others from
+        what lies there: so nothing is held meanwhile, but asked for again after each wait.
+        """
+        node = self._export.node
         while length:
-            await self._put(_ZEROES[: min(length, BUFFER_SIZE)])
-            length -= min(length, BUFFER_SIZE)
-        return failure
+            try:
+                spans = node.plain(at, length)
+                if spans is None:
+                    count = min(length, BUFFER_SIZE)
+                    buffer = bytearray(count)
+                    await node.read_into(at, buffer)
+                    await self._put(buffer)
+                else:
+                    count = await self._put_span(*spans[0])
+            except ConnectionError:
+                raise
+            except OSError as error:
+                if not self._replies.structured:
+                    raise ProtocolError(f"a read failed after its reply had begun: {error}") from None
+                await self._put_zeroes(length)
+                return error
+            at += count
+            length -= count
+        return None
+
+    async def _put_span(self, fd: int, position: int, length: int) -> int:
+        """Send the beginning of a span; how many bytes, 0 if it had to wait."""
+        if fd < 0:
+            length = min(length, BUFFER_SIZE)
+            await self._put(_ZEROES[:length])
+            return length
+        began = time.perf_counter()
+        try:
+            count = os.sendfile(self._stream.socket.fileno(), fd, position, length)
+        except BlockingIOError:
+            await self._writable()
+            return 0
+        self._export.pace.note(time.perf_counter() - began)
+        if not count:  # the file ends before the image does: the rest reads as zeroes
+            await self._put_zeroes(length)
+            return length
+        return count
+
+    async def _put_zeroes(self, length: int) -> None:
+        while length:
+            count = min(length, BUFFER_SIZE)
+            await self._put(_ZEROES[:count])
+            length -= count
 
     # --- tasks ------------------------------------------------------------------------------
 
@@ -706,16 +742,29 @@ class Connection:
 
     async def _send(self, *parts: Buffer) -> None:
         """Send one message, or several whole ones, undivided."""
-        # acquire() would be a checkpoint; nothing may come between a partial send and its rest.
+        await self._begin_message()
+        try:
+            for number, part in enumerate(parts, 1):
+                await self._put(part, more=number < len(parts))
+        except BaseException:
+            self._break_off()
+            raise
+        finally:
+            self._lock.release()
+
+    async def _begin_message(self) -> None:
+        """Take the lock. Not a checkpoint where it is free: nothing may come between a partial send
+        and its rest."""
         if self._lock.locked():
             await self._lock.acquire()
         else:
             self._lock.acquire_nowait()
-        try:
-            for number, part in enumerate(parts, 1):
-                await self._put(part, more=number < len(parts))
-        finally:
-            self._lock.release()
+
+    def _break_off(self) -> None:
+        """A message was begun and cannot be completed: it is the last one, or whatever another task
+        sent would be taken for its rest."""
+        with contextlib.suppress(OSError):
+            self._stream.socket.shutdown(socket.SHUT_RDWR)
 
     async def _put(self, data: Buffer, *, more: bool = False) -> None:
         """Send `data`; the lock is held. `more` holds it back until it can go with what follows."""
