@@ -10,9 +10,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 OURS = (sys.executable, "-m", "nbdserve")
 CLIENT = (sys.executable, "-m", "nbdclient")
@@ -148,10 +151,10 @@ class Servers:
 
     def _start(self, command: list[str], where: str, pid_file: str) -> Server:
         subprocess.run(command, check=True, timeout=30, stdin=subprocess.DEVNULL)
-        server = Server(0, where)
-        _until_listening(server)
-        server.pid = int(Path(pid_file).read_text())
+        # Not every server listens, or has written its pid, before it goes to the background.
+        server = Server(_until(lambda: int(Path(pid_file).read_text())), where)
         self._started.append(server)
+        _until(lambda: server.connect().close())
         return server
 
     def stop(self) -> None:
@@ -159,13 +162,12 @@ class Servers:
             server.stop()
 
 
-def _until_listening(server: Server) -> None:
-    """Not every server listens before it goes to the background."""
+def _until(ready: Callable[[], T]) -> T:
+    """What `ready` returns once it no longer fails."""
     deadline = time.monotonic() + 20
     while True:
         try:
-            server.connect().close()
-            return
-        except (FileNotFoundError, ConnectionRefusedError):
-            assert time.monotonic() < deadline, f"nobody listens on {server.where}"
+            return ready()
+        except (FileNotFoundError, ConnectionRefusedError, ValueError):
+            assert time.monotonic() < deadline, "the server does not come up"
         time.sleep(0.01)
