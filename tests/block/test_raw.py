@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,3 +187,18 @@ async def test_a_file_that_fell_back_to_read_only_makes_raw_read_only() -> None:
     node = await Graph(Catalog()).open(tree, OpenFlags(auto_read_only=True))
     assert node.flags.read_only
     await node.aclose()
+
+
+@pytest.mark.parametrize(("discard", "storage"), [("unmap", 0), ("ignore", 65536), (None, 0)])
+async def test_the_files_discard_option_decides_whether_zeroes_may_be_a_hole(
+    tmp_path: Path, discard: str | None, storage: int
+) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"a" * 65536)
+    file: dict[str, Any] = {"driver": "file", "filename": str(path)}
+    if discard:
+        file["discard"] = discard
+    node = await Graph(Catalog()).open({"driver": "raw", "file": file}, OpenFlags(discard=False))
+    await node.write_zeroes(0, 65536, may_unmap=True)
+    await node.aclose()
+    assert path.stat().st_blocks * 512 == storage
