@@ -223,7 +223,8 @@ class Node:
         self._check(offset, length, writing=True, bounded=False)
         if not length:
             return
-        may_unmap = may_unmap and self.flags.discard
+        # A layer passes the wish on; what is at the bottom has "discard" on, unless told otherwise.
+        may_unmap = may_unmap and (self.flags.discard or bool(self.children))
         start, end = self._inner(offset, length)
         if start > offset or end < offset + length:
             if fast:

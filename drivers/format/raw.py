@@ -54,7 +54,9 @@ class RawNode(Node):
             )
         self._protected = probed and not flags.read_only
         limits = Limits(
-            request_alignment=self._alignment(child, offset),
+            # A child that is stricter deals with what is unaligned. To demand its alignment here would
+            # refuse clients that qemu-nbd --cache=none serves.
+            request_alignment=PROBE_SIZE if self._protected else 1,
             preferred_block=child.limits.preferred_block,
             max_transfer=child.limits.max_transfer,
         )
@@ -69,14 +71,6 @@ class RawNode(Node):
             self._plain = child.plain  # type: ignore[method-assign]
             if not self._protected:
                 self._plain_write = child.plain_write  # type: ignore[method-assign]
-
-    def _alignment(self, child: Node, offset: int) -> int:
-        """The child's alignment where it is ours as well: then what is unaligned is dealt with here,
-        once. Otherwise the child does that."""
-        alignment = child.limits.request_alignment
-        if offset % alignment:
-            alignment = 1
-        return max(alignment, PROBE_SIZE) if self._protected else alignment
 
     @classmethod
     async def open(cls, context: OpenContext, options: Options, /) -> RawNode:

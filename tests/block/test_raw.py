@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,12 +154,12 @@ async def test_a_probed_image_shorter_than_a_sector_is_protected_too() -> None:
         await node.write(50, b"QED\0")
 
 
-async def test_the_childs_alignment_is_passed_on_where_it_fits() -> None:
+async def test_the_childs_alignment_is_the_childs_own_affair() -> None:
     child = MemoryNode(bytearray(8192))
     child.limits = Limits(request_alignment=4096, preferred_block=8192)
-    for offset, alignment in ((0, 4096), (4096, 4096), (512, 1)):
+    for offset in (0, 4096, 512):
         node = RawNode(child, flags=OpenFlags(), offset=offset)
-        assert node.limits == Limits(request_alignment=alignment, preferred_block=8192)
+        assert node.limits == Limits(request_alignment=1, preferred_block=8192)
 
 
 async def test_resizing_moves_the_files_end_unless_the_size_is_fixed() -> None:
@@ -186,3 +187,18 @@ async def test_a_file_that_fell_back_to_read_only_makes_raw_read_only() -> None:
     node = await Graph(Catalog()).open(tree, OpenFlags(auto_read_only=True))
     assert node.flags.read_only
     await node.aclose()
+
+
+@pytest.mark.parametrize(("discard", "storage"), [("unmap", 0), ("ignore", 65536), (None, 0)])
+async def test_the_files_discard_option_decides_whether_zeroes_may_be_a_hole(
+    tmp_path: Path, discard: str | None, storage: int
+) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"a" * 65536)
+    file: dict[str, Any] = {"driver": "file", "filename": str(path)}
+    if discard:
+        file["discard"] = discard
+    node = await Graph(Catalog()).open({"driver": "raw", "file": file}, OpenFlags(discard=False))
+    await node.write_zeroes(0, 65536, may_unmap=True)
+    await node.aclose()
+    assert path.stat().st_blocks * 512 == storage
