@@ -128,7 +128,9 @@ def serve(tmp_path: Path, disk: Path) -> Iterator[Serve]:
         setup: Callable[[], None] | None = None,
     ) -> Served:
         wanted = arguments or ("-t", "-e", "0", "-f", "raw", str(disk))
-        server = Served(*wanted, listener=listener or unix_listener(tmp_path / f"s{len(started)}"), setup=setup)
+        server = Served(
+            *wanted, listener=listener or unix_listener(tmp_path / f"s{len(started)}"), setup=setup
+        )
         started.append(server)
         return server
 
