@@ -395,9 +395,7 @@ class Connection:
         self._spawn(request)
         return start, end
 
-    async def _payload(
-        self, length: int, view: memoryview, start: int, end: int
-    ) -> tuple[Buffer, int, int]:
+    async def _payload(self, length: int, view: memoryview, start: int, end: int) -> tuple[Buffer, int, int]:
         """The `length` bytes that follow, in a buffer of their own."""
         # One that is only announced must not cost what it would if it came.
         target = memoryview(_pages(length) if length > BUFFER_SIZE else bytearray(length))

@@ -224,11 +224,11 @@ def _apply(whole: Reply, data: bytearray, at: int, kind: int, payload: bytes) ->
     (offset,) = messages.OFFSET.unpack_from(payload)
     if kind == ReplyType.OFFSET_HOLE:
         _, length = messages.HOLE.unpack(payload)
-        assert 0 <= offset - at and offset - at + length <= len(data)
+        assert offset - at >= 0 and offset - at + length <= len(data)
         data[offset - at : offset - at + length] = bytes(length)
         return int(length)
     assert kind == ReplyType.OFFSET_DATA
     length = len(payload) - 8
-    assert 0 <= offset - at and offset - at + length <= len(data)
+    assert offset - at >= 0 and offset - at + length <= len(data)
     data[offset - at : offset - at + length] = payload[8:]
     return length

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from errno import EINVAL, ENOSPC
 from pathlib import Path
 
@@ -18,8 +18,8 @@ import pytest
 
 from drivers.wire.nbd import messages
 from drivers.wire.nbd.constants import MAX_OPTION_PAYLOAD, OPTION_MAGIC, Command, CommandFlag, Option
-from tests.hostile.client import STYLES, Client, counted
-from tests.hostile.conftest import SIZE, Serve, Served, tcp_listener, until
+from tests.hostile.client import STYLES, counted
+from tests.hostile.conftest import SIZE, Serve, Served, tcp_listener
 
 MIB = 1 << 20
 # One client may make the server hold a request's payload of 32 MiB, and its buffers.
