@@ -104,7 +104,7 @@ class Connection:
         self._bytes_in_flight = 0
         self._room: trio.Event | None = None
         self._nursery: trio.Nursery
-        self._out = _buffer()
+        self._out = _pages(BUFFER_SIZE)
         self._out_view = memoryview(self._out)
         self._turn_ends = 0.0
         # Reads that must not block; 0 where the file system does not know the flag.
@@ -159,7 +159,7 @@ class Connection:
         pack_extended = messages.EXTENDED_REPLY.pack_into
         pack_structured_data = _STRUCTURED_DATA.pack_into
         pack_extended_data = _EXTENDED_DATA.pack_into
-        buffer = _buffer()
+        buffer = _pages(BUFFER_SIZE)
         view = memoryview(buffer)
         out, out_view = self._out, self._out_view
         nowait, stall = self._nowait, pace.STALL_SECONDS
@@ -423,12 +423,10 @@ class Connection:
         self._spawn(request)
         return start, end
 
-    async def _payload(
-        self, length: int, view: memoryview, start: int, end: int
-    ) -> tuple[bytearray, int, int]:
+    async def _payload(self, length: int, view: memoryview, start: int, end: int) -> tuple[Buffer, int, int]:
         """The `length` bytes that follow, in a buffer of their own."""
-        payload = bytearray(length)
-        target = memoryview(payload)
+        # One that is only announced must not cost what it would if it came.
+        target = memoryview(_pages(length) if length > BUFFER_SIZE else bytearray(length))
         done = min(length, end - start)
         target[:done] = view[start : start + done]
         while done < length:
@@ -436,7 +434,7 @@ class Connection:
             if not count:
                 raise ProtocolError("the client left in the middle of a write")
             done += count
-        return payload, min(end, start + length), end
+        return target, min(end, start + length), end
 
     async def _drain(self, length: int, view: memoryview, start: int, end: int) -> tuple[int, int]:
         """Drop the `length` bytes that follow, so that the stream stays in step."""
@@ -786,10 +784,10 @@ class Connection:
             self._turn_ends = time.perf_counter() + TURN_SECONDS
 
 
-def _buffer() -> mmap.mmap:
-    """BUFFER_SIZE bytes in pages of their own: those that an idle client never fills cost nothing,
-    and all go back to the system when it leaves."""
-    return mmap.mmap(-1, BUFFER_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _pages(length: int) -> mmap.mmap:
+    """`length` bytes in pages of their own: those that a client never fills cost nothing, and all go
+    back to the system when they are dropped."""
+    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _soon(readable: Sequence[int], writable: Sequence[int]) -> bool:

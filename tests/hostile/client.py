@@ -11,6 +11,7 @@ from drivers.wire.nbd import messages
 from drivers.wire.nbd.constants import (
     EXTENDED_REPLY_MAGIC,
     EXTENDED_REQUEST_MAGIC,
+    MAX_PAYLOAD,
     OPTION_MAGIC,
     OPTION_REPLY_MAGIC,
     REQUEST_MAGIC,
@@ -156,12 +157,12 @@ class Client:
             if whole is None:
                 at, length = self._reads.pop(cookie, (0, 0))
                 whole = Reply(cookie, 0, b"", {})
-                data = bytearray(length)
+                data = bytearray(min(length, MAX_PAYLOAD))
             assert cookie == whole.cookie
             covered += _apply(whole, data, at, kind, payload)
             if done:
                 assert whole.error or covered == length
-                whole.data = bytes(data)
+                whole.data = b"" if whole.error else bytes(data)
                 return whole
             magic = self.receive(4)
 

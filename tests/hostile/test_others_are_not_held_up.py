@@ -39,9 +39,7 @@ def test_a_client_that_stops_in_the_middle_of_a_write(
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_client_that_never_reads_its_reply(
-    serve: Serve, disk: Path, listener: object, style: str
-) -> None:
+def test_a_client_that_never_reads_its_reply(serve: Serve, disk: Path, listener: object, style: str) -> None:
     server = serve("-t", "-e", "0", str(disk), listener=listener)
     with server.good(style) as bad, server.good() as good:
         bad.send(*(bad.begin(Command.READ, 0, 32 * MIB, cookie=i) for i in range(50)))
