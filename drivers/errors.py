@@ -36,3 +36,7 @@ class ImageError(Error):
 
 class OptionError(Error):
     """The user asked for what cannot be done: one line, exit status 1."""
+
+
+class InUseError(OptionError):
+    """Somebody else's use of the image does not agree with ours."""

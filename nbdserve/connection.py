@@ -255,7 +255,7 @@ class Connection:
                                 continue
                 elif (
                     command == _WRITE
-                    and flags == plain_write_flags
+                    and (flags == plain_write_flags or not flags)
                     and write_fast
                     and 0 < length <= BUFFER_SIZE - header_size
                     and offset + length <= size
@@ -392,15 +392,14 @@ class Connection:
 
     def _payload_length(self, request: Request) -> int:
         """Bytes that follow the header. A length that no server would take ends the session."""
-        if self._session.extended:
-            if not request.flags & CommandFlag.PAYLOAD_LEN:
-                if request.command == Command.WRITE:
-                    raise ProtocolError("a write without the payload flag")
-                return 0
-            if request.length > MAX_PAYLOAD:
-                raise ProtocolError(f"a payload of {request.length} bytes")
-            return request.length
-        return request.length if request.command == Command.WRITE else 0
+        # A write must have the flag in extended headers, but QEMU's client (10.0) sends it without.
+        if request.command != Command.WRITE and not (
+            self._session.extended and request.flags & CommandFlag.PAYLOAD_LEN
+        ):
+            return 0
+        if self._session.extended and request.length > MAX_PAYLOAD:
+            raise ProtocolError(f"a payload of {request.length} bytes")
+        return request.length
 
     async def _filtered_status(
         self, request: Request, length: int, view: memoryview, start: int, end: int

@@ -11,6 +11,7 @@ import trio
 
 from drivers.block.graph import Graph
 from drivers.catalog import Catalog
+from drivers.errors import InUseError, OptionError
 from nbdserve.exports.nbd import NbdExport
 from nbdserve.images import open_export
 from nbdserve.server import Server
@@ -74,9 +75,12 @@ async def opened_exports(settings: ServeSettings) -> AsyncIterator[list[NbdExpor
                     multi_conn=settings.shared != 1,
                     allocation_depth=wanted.allocation_depth,
                 )
-            except BaseException:
+            except BaseException as error:
                 with trio.CancelScope(shield=True):
                     await node.aclose()
+                if isinstance(error, InUseError):
+                    # For a user this is still a part of opening the image.
+                    raise OptionError(f"Failed to blk_new_open '{wanted.image}': {error}") from error
                 raise
             cleanup.push_async_callback(_close, export)
             exports.append(export)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
@@ -72,15 +71,19 @@ class Server:
 
     def stop(self) -> None:
         """Ask it to end, and wait until it has."""
-        with contextlib.suppress(ProcessLookupError):
+        try:
             handle = os.pidfd_open(self.pid)
-            try:
+        except ProcessLookupError:
+            return
+        try:
+            for _ in range(40):
                 signal.pidfd_send_signal(handle, signal.SIGTERM)
-                if not _ended(handle):
-                    signal.pidfd_send_signal(handle, signal.SIGKILL)
-                    raise AssertionError("it did not end")
-            finally:
-                os.close(handle)
+                if _ended(handle, 0.5):  # a signal that comes while it starts is lost on qemu-nbd
+                    return
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+            raise AssertionError("it did not end")
+        finally:
+            os.close(handle)
 
     def ended(self) -> bool:
         """Wait until it has ended by itself; False if it does not."""
@@ -97,8 +100,8 @@ class Server:
         return os.path.exists(f"/proc/{self.pid}")
 
 
-def _ended(handle: int) -> bool:
-    return bool(select.select([handle], [], [], 20)[0])
+def _ended(handle: int, seconds: float = 20) -> bool:
+    return bool(select.select([handle], [], [], seconds)[0])
 
 
 class Servers:

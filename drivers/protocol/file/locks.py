@@ -14,7 +14,7 @@ import os
 import struct
 
 from drivers.block.permission import ALL, NONE, Permission, names
-from drivers.errors import OptionError
+from drivers.errors import InUseError, OptionError
 
 _HELD_BASE = 100
 _UNSHARED_BASE = 200
@@ -95,7 +95,7 @@ class ImageLocks:
             for bit in range(ALL.bit_length()):
                 permission = permissions & Permission(1 << bit)
                 if permission != NONE and _holder_exists(self._fd, base + bit):
-                    raise OptionError(
+                    raise InUseError(
                         f'Failed to get {kind}"{names(permission)}" lock\n'
                         f"Is another process using the image [{self._filename}]?"
                     )
