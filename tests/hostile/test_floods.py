@@ -248,8 +248,9 @@ def test_slow_loris_one_thousand_handshakes_that_never_end(serve: Serve, disk: P
             asked = time.monotonic()
             assert len(good.read(0, 4096)) == 4096
             longest = max(longest, time.monotonic() - asked)
-        if time.monotonic() - began < 3:
-            assert server.descriptors() > 900
+        while server.descriptors() < 900:  # nearly all are let in before the first is dropped
+            assert time.monotonic() - began < 10
+            assert len(good.read(0, 4096)) == 4096
         server.check()
         assert longest < 0.5
         assert server.memory() < 100 * MIB
