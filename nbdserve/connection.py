@@ -362,7 +362,7 @@ class Connection:
         payload_length = self._payload_length(request)
         if trace.enabled:
             _trace("nbd_request", request, length=request.length)
-        if request.flags & CommandFlag.PAYLOAD_LEN and request.command == Command.BLOCK_STATUS:
+        if request.flags & _PAYLOAD_LEN and request.command == Command.BLOCK_STATUS:
             return await self._filtered_status(request, payload_length, view, start, end)
         try:
             check(self._export, self._session, request)
