@@ -576,6 +576,7 @@ class Connection:
         """
         node = self._export.node
         while length:
+            await self._give_way()
             try:
                 spans = node.plain(at, length)
                 if spans is None:

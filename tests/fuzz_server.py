@@ -47,8 +47,8 @@ class Case:
             return value
         mask = (1 << bits) - 1
         flipped = value ^ (1 << self.random.randrange(bits))
-        choices = [self.random.choice(EDGES), self.random.getrandbits(bits), flipped, value + 1]
-        return self.random.choice(choices) & mask
+        others = [self.random.choice(EDGES), self.random.getrandbits(bits), flipped, value + 1]
+        return self.random.choice(others) & mask
 
     def blob(self, longest: int = 64) -> bytes:
         return self.random.randbytes(self.random.randrange(longest))
