@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import select
 import socket
@@ -51,12 +52,14 @@ INLINE_READ = 64 << 10
 # is always let in.
 MAX_IN_FLIGHT = 32
 MAX_BYTES_IN_FLIGHT = MAX_PAYLOAD
-# Batches between two checkpoints: others get their turn, and a cancellation is noticed.
-BATCHES_PER_CHECKPOINT = 32
+# So long a connection may have the loop to itself while there is work: then others get their turn,
+# and a cancellation is noticed.
+TURN_SECONDS = 1e-3
 # A lone, quick client is waited for actively for so long, then in the kernel, before the task is
 # parked: putting a processor to sleep and waking it costs more than the client needs.
 SPIN_SECONDS = 25e-6
 LINGER_SECONDS = 50e-6
+COLD_SECONDS = 150e-6  # the same for the disk
 LINGER_PATIENCE = 8  # fruitless waits before giving up, until the next LINGER_RETRY batches
 LINGER_RETRY = 64
 LINGER_STREAK = 8  # batches without any other connection at work
@@ -94,14 +97,16 @@ class Connection:
         self._replies = Replies(structured=session.structured, extended=session.extended)
         self._lock = trio.Lock()  # held for the sending of one message
         self._stopping = False
+        self._cold_patience = LINGER_PATIENCE
         # select()'s own limit; and waiting actively on a single processor starves the client.
         self._can_linger = stream.socket.fileno() < 1024 and len(os.sched_getaffinity(0)) > 1
         self._in_flight = 0
         self._bytes_in_flight = 0
         self._room: trio.Event | None = None
         self._nursery: trio.Nursery
-        self._out = bytearray(BUFFER_SIZE)
+        self._out = _pages(BUFFER_SIZE)
         self._out_view = memoryview(self._out)
+        self._turn_ends = 0.0
         # Reads that must not block; 0 where the file system does not know the flag.
         self._nowait = os.RWF_NOWAIT
 
@@ -154,13 +159,14 @@ class Connection:
         pack_extended = messages.EXTENDED_REPLY.pack_into
         pack_structured_data = _STRUCTURED_DATA.pack_into
         pack_extended_data = _EXTENDED_DATA.pack_into
-        buffer = bytearray(BUFFER_SIZE)
+        buffer = _pages(BUFFER_SIZE)
         view = memoryview(buffer)
         out, out_view = self._out, self._out_view
-        nowait = self._nowait
+        nowait, stall = self._nowait, pace.STALL_SECONDS
         clock = time.perf_counter
         fileno, can_linger = sock.fileno(), self._can_linger
         lone = False
+        cold: list[Request] = []
         patience, batches = LINGER_PATIENCE, 0
         start = end = out_end = 0
 
@@ -179,6 +185,7 @@ class Connection:
                 count = receive_into(view[end:] if end else view)
             except BlockingIOError:
                 await self._stream.wait_readable()
+                self._turn_ends = clock() + TURN_SECONDS
                 continue
             if not count:
                 if start != end:
@@ -193,11 +200,16 @@ class Connection:
                     raise ProtocolError(f"bad request magic {magic:#x}")
 
                 if command == _READ and flags <= _FUA and offset + length <= size:
-                    if 0 < length <= INLINE_READ and not (offset | length) & mask:
+                    if (
+                        0 < length <= INLINE_READ
+                        and not (offset | length) & mask
+                        and (nowait or pace.inline or pace.recover())
+                    ):
                         spans = plain(offset, length)
                         if spans is not None and len(spans) == 1:
                             if out_end + data_header_size + length > BUFFER_SIZE:
                                 await self._send(out_view[:out_end])
+                                await self._give_way()
                                 out_end = 0
                                 began = clock()
                                 continue  # an await ends a span's life: ask again
@@ -206,6 +218,10 @@ class Connection:
                             try:
                                 if fd >= 0:
                                     done = preadv(fd, (out_view[at : at + length],), position, nowait)
+                                    if not nowait:
+                                        now = clock()
+                                        pace.note(now - began)
+                                        began = now
                                 else:
                                     out_view[at : at + length] = _ZEROES[:length]
                                     done = length
@@ -215,7 +231,12 @@ class Connection:
                                     self._nowait = nowait = 0
                                     continue
                                 if error.errno == errno.EAGAIN:
+                                    # The disk begins on it now; the waiting is done for all of a
+                                    # batch at once.
                                     os.posix_fadvise(fd, position, length, os.POSIX_FADV_WILLNEED)
+                                    cold.append(Request(command, flags, cookie, offset, length))
+                                    start += header_size
+                                    continue
                             if done == length:
                                 if extended:
                                     pack_extended_data(
@@ -253,9 +274,12 @@ class Connection:
                             done = pwrite(spans[0][0], view[payload : payload + length], spans[0][1])
                         except OSError:
                             done = -1  # the slow path meets it again, and reports it
+                        if clock() - began >= stall:  # the next one may have to wait as well
+                            pace.note(stall)
                         if done == length:
                             if out_end + 32 > BUFFER_SIZE:
                                 await self._send(out_view[:out_end])
+                                await self._give_way()
                                 out_end = 0
                                 began = clock()
                             if extended:
@@ -274,12 +298,18 @@ class Connection:
                 if out_end:
                     await self._send(out_view[:out_end])
                     out_end = 0
+                if cold:
+                    await self._start_cold(cold)
+                    cold = []
                 if command == _DISC:
                     return "the client disconnected"
                 start += header_size
                 request = Request(command, flags, cookie, offset, length)
                 start, end = await self._other(request, view, start, end)
                 began = clock()
+                if began > self._turn_ends:
+                    await self._give_way()
+                    began = clock()
 
             if out_end:
                 if self._lock.locked():
@@ -293,6 +323,9 @@ class Connection:
                         await self._send(out_view[count:out_end])
                 out_end = 0
                 pace.note(clock() - began)
+            if cold:
+                await self._start_cold(cold)
+                cold = []
 
             batches += 1
             if activity.last is self:
@@ -305,8 +338,19 @@ class Connection:
                 patience = LINGER_PATIENCE
             if self._stopping:
                 return _STOPPED
-            if not batches % BATCHES_PER_CHECKPOINT:
-                await trio.lowlevel.checkpoint()
+            if clock() > self._turn_ends:
+                await self._give_way()
+
+    async def _give_way(self) -> None:
+        """Let the others go first, if this connection has had its turn."""
+        if time.perf_counter() > self._turn_ends:
+            await trio.lowlevel.checkpoint()
+            self._turn_ends = time.perf_counter() + TURN_SECONDS
+
+    async def _receive(self, view: memoryview) -> int:
+        """More of a payload, however quickly it comes in: a part of `view`, 0 if the client left."""
+        await self._give_way()
+        return await self._stream.receive_into(view)
 
     # --- what leaves the fast path ----------------------------------------------------------
 
@@ -378,26 +422,24 @@ class Connection:
         self._spawn(request)
         return start, end
 
-    async def _payload(
-        self, length: int, view: memoryview, start: int, end: int
-    ) -> tuple[bytearray, int, int]:
+    async def _payload(self, length: int, view: memoryview, start: int, end: int) -> tuple[Buffer, int, int]:
         """The `length` bytes that follow, in a buffer of their own."""
-        payload = bytearray(length)
-        target = memoryview(payload)
+        # One that is only announced must not cost what it would if it came.
+        target = memoryview(_pages(length) if length > BUFFER_SIZE else bytearray(length))
         done = min(length, end - start)
         target[:done] = view[start : start + done]
         while done < length:
-            count = await self._stream.receive_into(target[done:])
+            count = await self._receive(target[done:])
             if not count:
                 raise ProtocolError("the client left in the middle of a write")
             done += count
-        return payload, min(end, start + length), end
+        return target, min(end, start + length), end
 
     async def _drain(self, length: int, view: memoryview, start: int, end: int) -> tuple[int, int]:
         """Drop the `length` bytes that follow, so that the stream stays in step."""
         while length > end - start:
             length -= end - start
-            start, end = 0, await self._stream.receive_into(view)
+            start, end = 0, await self._receive(view)
             if not end:
                 raise ProtocolError("the client left in the middle of a request")
         return start + length, end
@@ -408,36 +450,28 @@ class Connection:
         """Write a long payload piece by piece as it arrives, or None where the bytes cannot be
         overwritten in place. A client that leaves midway leaves a part written."""
         export, offset, length = self._export, request.offset, request.length
-        pace = export.pace
-        if export.writethrough or not (pace.inline or pace.recover()):
+        if export.writethrough or not (export.pace.inline or export.pace.recover()):
             return None
         spans = export.node.plain_write(offset, length)
         if spans is None or len(spans) != 1:
             return None
-        fd, position, _ = spans[0]
-        held = export.node.hold(offset, length)
         failure: OSError | None = None
-        try:
-            left = length
-            while True:
-                count = min(left, end - start)
-                if count and failure is None:
-                    began = time.perf_counter()
-                    try:
-                        _write_all(fd, view[start : start + count], position)
-                    except OSError as error:
-                        failure = error
-                    pace.note(time.perf_counter() - began)
-                left -= count
-                position += count
-                start += count
-                if not left:
-                    break
-                start, end = 0, await self._stream.receive_into(view)
-                if not end:
-                    raise ProtocolError("the client left in the middle of a write")
-        finally:
-            export.node.release(held)
+        left = length
+        while True:
+            count = min(left, end - start)
+            if count and failure is None:
+                try:
+                    await self._write_part(offset + length - left, view[start : start + count])
+                except OSError as error:
+                    failure = error
+            left -= count
+            start += count
+            if not left:
+                break
+            # The client may never send the rest: nothing is held, but asked for again.
+            start, end = 0, await self._receive(view)
+            if not end:
+                raise ProtocolError("the client left in the middle of a write")
         if failure is None:
             await self._send(self._replies.success(request.cookie, offset))
             if trace.enabled:
@@ -448,6 +482,19 @@ class Connection:
             number = wire_error(failure.errno)
             await self._send(self._replies.error(request.cookie, offset, number, failure.strerror or ""))
         return start, end
+
+    async def _write_part(self, offset: int, data: memoryview) -> None:
+        """Write in place, or as any request where that is not possible (any more), or too slow."""
+        node, pace = self._export.node, self._export.pace
+        spans = node.plain_write(offset, len(data)) if pace.inline or pace.recover() else None
+        if spans is None or len(spans) != 1:
+            await node.write(offset, data)
+            return
+        began = time.perf_counter()
+        try:
+            _write_all(spans[0][0], data, spans[0][1])
+        finally:
+            pace.note(time.perf_counter() - began)
 
     # --- large reads ------------------------------------------------------------------------
 
@@ -460,18 +507,14 @@ class Connection:
         if spans is None or not self._resident(spans):
             return False
         one_chunk = len(spans) > 1 and (not self._replies.structured or bool(request.flags & _DF))
-        held = self._export.node.hold(offset, length)
+        await self._begin_message()
         try:
-            if self._lock.locked():
-                await self._lock.acquire()
-            else:
-                self._lock.acquire_nowait()
-            try:
-                await self._send_spans(request, spans, one_chunk)
-            finally:
-                self._lock.release()
+            await self._send_spans(request, spans, one_chunk)
+        except BaseException:
+            self._break_off()
+            raise
         finally:
-            self._export.node.release(held)
+            self._lock.release()
         if trace.enabled:
             _trace("nbd_reply", request)
         return True
@@ -498,57 +541,82 @@ class Connection:
         return resident
 
     async def _send_spans(self, request: Request, spans: Sequence[Span], one_chunk: bool) -> None:
-        """Send a whole read reply; the lock is held. Chunks end with one of their own, because a
-        sendfile that fails must still be reported."""
+        """Send a whole read reply; the lock is held. The spans tell how it is cut into chunks. These
+        end with one of their own, because a sendfile that fails must still be reported."""
         replies, cookie, offset = self._replies, request.cookie, request.offset
         at = offset
         failure: OSError | None = None
         if one_chunk:
             await self._put(replies.data(cookie, offset, offset, request.length, done=False), more=True)
-        for fd, position, length in spans:
-            if fd < 0 and not one_chunk and replies.structured:
+            failure = await self._put_range(offset, request.length)
+            spans = ()
+        for fd, _, length in spans:
+            if fd < 0 and replies.structured:
                 await self._put(replies.hole(cookie, offset, at, length, done=False), more=True)
             else:
-                if not one_chunk:
-                    await self._put(replies.data(cookie, offset, at, length, done=False), more=True)
-                failure = await self._put_span(fd, position, length) or failure
+                await self._put(replies.data(cookie, offset, at, length, done=False), more=True)
+                failure = await self._put_range(at, length) or failure
             at += length
         if failure is None:
             end = replies.done(cookie, offset)
-        elif replies.structured:
-            end = replies.error(cookie, offset, wire_error(failure.errno), failure.strerror or "")
         else:
-            raise ProtocolError(f"a read failed after its reply had begun: {failure}")
+            end = replies.error(cookie, offset, wire_error(failure.errno), failure.strerror or "")
         if end:
             await self._put(end)
 
-    async def _put_span(self, fd: int, position: int, length: int) -> OSError | None:
-        """Send `length` bytes of a file; what cannot be read is sent as zeroes and the error
-        returned, since the chunk must be complete."""
-        sock = self._stream.socket
-        out = sock.fileno()
-        failure = None
-        while length and fd >= 0:
-            began = time.perf_counter()
-            try:
-                count = os.sendfile(out, fd, position, length)
-            except BlockingIOError:
-                await self._writable()
-                continue
-            except OSError as error:
-                if error.errno in (errno.EPIPE, errno.ECONNRESET):
-                    raise
-                failure = error
-                break
-            self._export.pace.note(time.perf_counter() - began)
-            if not count:
-                break  # the file ends before the image does: the rest reads as zeroes
-            position += count
-            length -= count
+    async def _put_range(self, at: int, length: int) -> OSError | None:
+        """Send `length` bytes of the export from `at` on, which is all of a chunk; what cannot be read
+        is sent as zeroes and the error returned. A simple reply has said that there is none: it must
+        not be completed, so ProtocolError.
+
+        A client may take its time, or never come back for the rest, and must not keep others from
+        what lies there: so nothing is held meanwhile, but asked for again after each wait.
+        """
+        node = self._export.node
         while length:
-            await self._put(_ZEROES[: min(length, BUFFER_SIZE)])
-            length -= min(length, BUFFER_SIZE)
-        return failure
+            try:
+                spans = node.plain(at, length)
+                if spans is None:
+                    count = min(length, BUFFER_SIZE)
+                    buffer = bytearray(count)
+                    await node.read_into(at, buffer)
+                    await self._put(buffer)
+                else:
+                    count = await self._put_span(*spans[0])
+            except ConnectionError:
+                raise
+            except OSError as error:
+                if not self._replies.structured:
+                    raise ProtocolError(f"a read failed after its reply had begun: {error}") from None
+                await self._put_zeroes(length)
+                return error
+            at += count
+            length -= count
+        return None
+
+    async def _put_span(self, fd: int, position: int, length: int) -> int:
+        """Send the beginning of a span; how many bytes, 0 if it had to wait."""
+        if fd < 0:
+            length = min(length, BUFFER_SIZE)
+            await self._put(_ZEROES[:length])
+            return length
+        began = time.perf_counter()
+        try:
+            count = os.sendfile(self._stream.socket.fileno(), fd, position, length)
+        except BlockingIOError:
+            await self._writable()
+            return 0
+        self._export.pace.note(time.perf_counter() - began)
+        if not count:  # the file ends before the image does: the rest reads as zeroes
+            await self._put_zeroes(length)
+            return length
+        return count
+
+    async def _put_zeroes(self, length: int) -> None:
+        while length:
+            count = min(length, BUFFER_SIZE)
+            await self._put(_ZEROES[:count])
+            length -= count
 
     # --- tasks ------------------------------------------------------------------------------
 
@@ -574,26 +642,126 @@ class Connection:
         except OSError:
             self.stop()  # nobody is there to read an answer
         finally:
-            self._in_flight -= 1
-            self._bytes_in_flight -= _weight(request)
-            if self._room is not None:
-                self._room.set()
-                self._room = None
+            self._finished(1, _weight(request))
+
+    def _finished(self, count: int, weight: int) -> None:
+        self._in_flight -= count
+        self._bytes_in_flight -= weight
+        if self._room is not None:
+            self._room.set()
+            self._room = None
+
+    async def _start_cold(self, requests: list[Request]) -> None:
+        """Wait for these reads, which the disk has been told of: for a moment here, since a quick
+        disk has them before a thread has begun to wait, then in one thread for all of them."""
+        if self._cold_patience > 0 and self._can_linger and self._activity.streak > LINGER_STREAK:
+            parts, requests = self._poll_cold(requests)
+            if parts:
+                await self._send(b"".join(parts))
+                self._cold_patience = LINGER_PATIENCE
+            else:
+                self._cold_patience -= 1
+                if not self._cold_patience:
+                    self._cold_patience = -LINGER_RETRY
+            if not requests:
+                return
+        elif self._cold_patience < 0:
+            self._cold_patience += 1
+            if not self._cold_patience:
+                self._cold_patience = LINGER_PATIENCE
+        weight = sum(map(_weight, requests))
+        await self._wait_for_room(weight)
+        self._in_flight += len(requests)
+        self._bytes_in_flight += weight
+        self._nursery.start_soon(self._read_cold, requests, weight)
+
+    def _poll_cold(self, requests: list[Request]) -> tuple[list[Buffer], list[Request]]:
+        """Ask the page cache for these reads until they are there, COLD_SECONDS at most. Replies to
+        those that came, and the others."""
+        node, clock = self._export.node, time.perf_counter
+        deadline = clock() + COLD_SECONDS
+        parts: list[Buffer] = []
+        for number, request in enumerate(requests):
+            cookie, at, length = request.cookie, request.offset, request.length
+            spans = node.plain(at, length)
+            if spans is None or len(spans) != 1 or spans[0][0] < 0:
+                return parts, requests[number:]
+            buffer = bytearray(length)
+            done = -1
+            while done != length:
+                try:
+                    done = os.preadv(spans[0][0], (buffer,), spans[0][1], self._nowait)
+                except BlockingIOError:
+                    done = -1
+                except OSError:
+                    return parts, requests[number:]
+                if done != length and clock() > deadline:
+                    return parts, requests[number:]
+            parts += (self._replies.data(cookie, at, at, length, done=True), buffer)
+        return parts, []
+
+    async def _read_cold(self, requests: list[Request], weight: int) -> None:
+        node = self._export.node
+        jobs: list[Span] = []
+        held = []
+        waiting = []
+        others = []
+        for request in requests:
+            spans = node.plain(request.offset, request.length)
+            if spans is not None and len(spans) == 1 and spans[0][0] >= 0:
+                jobs.append(spans[0])
+                held.append(node.hold(request.offset, request.length))
+                waiting.append(request)
+            else:
+                others.append(request)
+        try:
+            try:
+                found = await trio.to_thread.run_sync(read_spans, jobs, limiter=self._export.threads)
+            finally:
+                for hold in held:
+                    node.release(hold)
+            parts: list[Buffer] = []
+            for request, data in zip(waiting, found, strict=True):
+                if data is None:
+                    others.append(request)  # fails once more, and is reported
+                else:
+                    cookie, at = request.cookie, request.offset
+                    parts += (self._replies.data(cookie, at, at, len(data), done=True), data)
+            await self._send(b"".join(parts))
+            for request in others:
+                await self._send(*await execute(self._export, self._session, self._replies, request))
+        except OSError:
+            self.stop()  # nobody is there to read an answer
+        finally:
+            self._finished(len(requests), weight)
 
     # --- sending ----------------------------------------------------------------------------
 
     async def _send(self, *parts: Buffer) -> None:
         """Send one message, or several whole ones, undivided."""
-        # acquire() would be a checkpoint; nothing may come between a partial send and its rest.
+        await self._begin_message()
+        try:
+            for number, part in enumerate(parts, 1):
+                await self._put(part, more=number < len(parts))
+        except BaseException:
+            self._break_off()
+            raise
+        finally:
+            self._lock.release()
+
+    async def _begin_message(self) -> None:
+        """Take the lock. Not a checkpoint where it is free: nothing may come between a partial send
+        and its rest."""
         if self._lock.locked():
             await self._lock.acquire()
         else:
             self._lock.acquire_nowait()
-        try:
-            for number, part in enumerate(parts, 1):
-                await self._put(part, more=number < len(parts))
-        finally:
-            self._lock.release()
+
+    def _break_off(self) -> None:
+        """A message was begun and cannot be completed: it is the last one, or whatever another task
+        sent would be taken for its rest."""
+        with contextlib.suppress(OSError):
+            self._stream.socket.shutdown(socket.SHUT_RDWR)
 
     async def _put(self, data: Buffer, *, more: bool = False) -> None:
         """Send `data`; the lock is held. `more` holds it back until it can go with what follows."""
@@ -609,8 +777,16 @@ class Connection:
     async def _writable(self) -> None:
         """Wait until the client has taken some of what was sent."""
         alone = self._can_linger and self._activity.streak > LINGER_STREAK
-        if not (alone and _soon((), (self._stream.socket.fileno(),))):
+        in_turn = time.perf_counter() < self._turn_ends
+        if not (alone and in_turn and _soon((), (self._stream.socket.fileno(),))):
             await self._stream.wait_writable()
+            self._turn_ends = time.perf_counter() + TURN_SECONDS
+
+
+def _pages(length: int) -> mmap.mmap:
+    """`length` bytes in pages of their own: those that a client never fills cost nothing, and all go
+    back to the system when they are dropped."""
+    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _soon(readable: Sequence[int], writable: Sequence[int]) -> bool:
@@ -642,6 +818,19 @@ def _trace(event: str, request: Request, **more: object) -> None:
 
 def _weight(request: Request) -> int:
     return request.length if request.command in (Command.READ, Command.WRITE) else 0
+
+
+def read_spans(spans: Sequence[Span]) -> list[bytearray | None]:
+    """The bytes of each span; None where they could not be read whole. Waits for the disk."""
+    found: list[bytearray | None] = []
+    for fd, position, length in spans:
+        buffer = bytearray(length)
+        try:
+            done = os.preadv(fd, (buffer,), position)
+        except OSError:
+            done = -1
+        found.append(buffer if done == length else None)
+    return found
 
 
 def _write_all(fd: int, data: memoryview, position: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import socket
@@ -21,8 +22,8 @@ from nbdserve.exports.nbd import ExportTable, NbdExport
 # that reads nothing must not hold it up for ever.
 GRACE_SECONDS = 10
 
-# accept() failures that pass by themselves; the pause keeps the loop from spinning.
-_TEMPORARY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+# Before the next try where accept() failed: for want of descriptors or memory, which others will
+# give back, or for good, as on an inherited socket that its owner shut down.
 _ACCEPT_PAUSE_SECONDS = 0.1
 
 
@@ -94,14 +95,16 @@ class Server:
     async def _accept(self, listener: socket.socket, clients: trio.Nursery) -> None:
         while True:
             while self._max_clients and self._clients >= self._max_clients:
-                self._slot_free = trio.Event()
+                # One event for all who wait: each has a socket of its own to accept from.
+                if self._slot_free.is_set():
+                    self._slot_free = trio.Event()
                 await self._slot_free.wait()
             try:
                 sock, _ = listener.accept()
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(listener)
             except OSError as error:
-                if error.errno in _TEMPORARY:
+                if error.errno != errno.ECONNABORTED:
                     await trio.sleep(_ACCEPT_PAUSE_SECONDS)
             else:
                 self._clients += 1
@@ -112,17 +115,17 @@ class Server:
 
     async def _client(self, sock: socket.socket) -> None:
         """One client from greeting to goodbye. Its failures, our bugs included, end here."""
-        stream = Stream(sock)
         negotiated = False
         try:
-            session = await self._negotiate(stream)
-            if session is not None:
-                negotiated = True
-                await self._serve(stream, session)
+            with contextlib.closing(Stream(sock)) as stream:
+                session = await self._negotiate(stream)
+                if session is not None:
+                    negotiated = True
+                    await self._serve(stream, session)
         except Exception:
             self._log.error("a client's connection failed", exc_info=True)
         finally:
-            stream.close()
+            sock.close()  # again, but for one that could not be made a stream
             self._clients -= 1
             self._slot_free.set()
             if negotiated and not self._clients and not self._persistent:
@@ -133,6 +136,8 @@ class Server:
         reason = "it took too long"
         with trio.CancelScope(deadline=trio.current_time() + self._handshake_limit) as scope:
             self._handshakes.add(scope)
+            if self._stopping:  # since it was accepted
+                scope.cancel()
             try:
                 return await _drive(ServerHandshake(self._table).run(), stream)
             except (ProtocolError, OSError) as error:
@@ -166,5 +171,8 @@ async def _drive(handshake: Handshake[Session | None], stream: Stream) -> Sessio
         answer = b""
         if isinstance(step, Receive):
             answer = await stream.receive_exactly(step.length)
+            # It does not wait for what is there already: a client that sends without a pause would
+            # have the loop to itself, and no limit in time would reach it.
+            await trio.lowlevel.checkpoint()
         elif isinstance(step, Send):
             await stream.send_all(step.data)

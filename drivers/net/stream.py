@@ -17,6 +17,10 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 UNIX_SEND_BUFFER = 1 << 20
 
 
+# After so long without a word the peer is asked, and after twice that it is taken for dead.
+KEEPALIVE_SECONDS = 60
+
+
 class Stream:
     """Owns one connected, non-blocking stream socket.
 
@@ -32,6 +36,11 @@ class Stream:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A peer that vanished without a word is noticed, and gives its place back.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_SECONDS // 6)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
 
     async def wait_readable(self) -> None:
         await trio.lowlevel.wait_readable(self.socket)

@@ -14,22 +14,27 @@ MAX_REQUEST_SIZE = 32 << 20
 MAX_REQUESTS = 1024
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """`module` names the subcommand's module in this package. Exits by itself for help and for
-    what it does not understand."""
-    parser = argparse.ArgumentParser(prog="nbdclient", description="Look at and use any NBD server.")
-    parser.add_argument("-V", "--version", action=_Version, help="show the version and exit")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+def parser() -> argparse.ArgumentParser:
+    """`module` names the subcommand's module in this package."""
+    whole = argparse.ArgumentParser(prog="nbdclient", description="Look at and use any NBD server.")
+    whole.add_argument("-V", "--version", action=_Version, help="show the version and exit")
+    commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _listing(commands)
     _info(commands)
     _map(commands)
     _copy(commands)
     _dump(commands)
-    arguments = parser.parse_args(argv)
+    return whole
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Exits by itself for help and for what it does not understand."""
+    whole = parser()
+    arguments = whole.parse_args(argv)
     if arguments.module == "map" and arguments.uri is None:
         # In `map --plot URI` the URI was taken for the file to draw into.
         if arguments.plot is None or ":" not in arguments.plot:
-            parser.error("map: the following arguments are required: URI")
+            whole.error("map: the following arguments are required: URI")
         arguments.uri, arguments.plot = arguments.plot, "-"
     return arguments
 
@@ -42,7 +47,8 @@ class _Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         version = import_module("importlib.metadata").version("nbdserve")
-        parser.exit(message=f"nbdclient {version}\n")
+        print(f"nbdclient {version}")
+        parser.exit()
 
 
 def _command(commands: Any, name: str, text: str, *, module: str) -> argparse.ArgumentParser:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+import trio
+
 from drivers.block.edge import Edge, attach
 from drivers.block.node import Node
 from drivers.block.permission import ALL, Permission
@@ -18,26 +20,37 @@ from drivers.wire.nbd.constants import (
 )
 from drivers.wire.nbd.server_handshake import ExportInfo
 
+MAX_THREADS = 8
+
 
 class Pace:
     """Whether work that may block on the host's disk is done on the event loop.
 
-    It is, as long as it is quick (a write into the page cache takes microseconds). Once a batch
-    was stalled, as by the kernel's throttling of dirty pages, threads do such work for a while.
+    It is, as long as it is quick (a write into the page cache takes microseconds). Once it was
+    stalled, as by the kernel's throttling of dirty pages, threads do such work for a while; the
+    while grows as long as every new attempt ends in a stall.
     """
 
-    STALL_SECONDS = 0.005
-    COOLDOWN_SECONDS = 0.5
+    # Well above what a busy scheduler takes away from a process that waits for nothing.
+    STALL_SECONDS = 0.02
+    FIRST_COOLDOWN = 0.25  # seconds
+    LONGEST_COOLDOWN = 8.0
 
     def __init__(self) -> None:
         self.inline = True
         self._until = 0.0
+        self._cooldown = self.FIRST_COOLDOWN
 
     def note(self, seconds: float) -> None:
-        """A batch of inline requests took so long."""
-        if seconds >= self.STALL_SECONDS:
-            self.inline = False
-            self._until = time.perf_counter() + self.COOLDOWN_SECONDS
+        """Inline work took so long."""
+        if seconds < self.STALL_SECONDS:
+            return
+        now = time.perf_counter()
+        if now - self._until > self.LONGEST_COOLDOWN:
+            self._cooldown = self.FIRST_COOLDOWN
+        self.inline = False
+        self._until = now + self._cooldown
+        self._cooldown = min(2 * self._cooldown, self.LONGEST_COOLDOWN)
 
     def recover(self) -> bool:
         """Called now and then while not inline: whether to try again."""
@@ -62,6 +75,8 @@ class NbdExport:
         self.writethrough = writethrough
         self.info = info
         self.pace = Pace()
+        # Threads that wait for this export's disk: a hung one holds up no other export.
+        self.threads = trio.CapacityLimiter(MAX_THREADS)
         self._edge: Edge | None = None
 
     @classmethod

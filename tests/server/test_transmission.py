@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import struct
+from pathlib import Path
 
 import pytest
 import trio
@@ -16,6 +17,7 @@ from drivers.block.node import Node, OpenFlags
 from drivers.errors import RequestError
 from drivers.testing.memory import MemoryNode
 from drivers.wire.nbd.constants import Command, CommandFlag, ReplyType
+from nbdserve import connection as connection_module
 from nbdserve.exports.nbd import NbdExport
 from tests.server.rawclient import PlainNode, RawClient, connect, one_client, serving
 
@@ -515,3 +517,70 @@ async def test_a_flood_of_slow_requests_is_bounded() -> None:
             for _ in range(count):
                 cookies.add((await client.chunk()).cookie)
         assert cookies == set(range(count))
+
+
+# --- data that is not in the page cache -----------------------------------------------------------
+
+
+class FileBacked(PlainNode):
+    """A disk on a real file system, whose pages can be dropped."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        super().__init__(len(content), flags=OpenFlags(discard=True))
+        os.close(self.fd)
+        path.write_bytes(content)
+        self.fd = os.open(path, os.O_RDWR)
+
+    def drop(self) -> None:
+        os.fsync(self.fd)
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("patience", [0, 8])
+async def test_cold_reads_are_right_on_every_path(
+    tmp_path: Path, style: str, patience: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Polled for by a lone client (after a few batches), or waited for by a thread."""
+    monkeypatch.setattr(connection_module, "LINGER_PATIENCE", patience)
+    content = os.urandom(SIZE)
+    node = FileBacked(tmp_path / "disk", content)
+    async with one_client(node, style=style) as client:
+        for round_number in range(30):
+            node.drop()
+            length = (512, 4096, 65536)[round_number % 3]
+            offsets = [(round_number * 7919 + number * 131_072) % (SIZE - length) for number in range(20)]
+            await client.send(
+                *(client.request(Command.READ, at, length, cookie=at) for at in offsets),
+            )
+            for _ in offsets:
+                chunk = await client.chunk(length)
+                assert chunk.done and not chunk.error
+                assert chunk.payload[-length:] == content[chunk.cookie : chunk.cookie + length]
+        assert await client.result(client.request(Command.TRIM, 0, SIZE)) == 0  # nothing is held
+
+
+async def test_a_disconnect_right_behind_cold_reads_waits_for_their_replies(tmp_path: Path) -> None:
+    content = os.urandom(SIZE)
+    node = FileBacked(tmp_path / "disk", content)
+    async with one_client(node) as client:
+        node.drop()
+        await client.send(
+            *(client.request(Command.READ, at, 4096, cookie=at) for at in range(0, SIZE, 1 << 18)),
+            client.request(Command.DISC),
+        )
+        seen = set()
+        for _ in range(0, SIZE, 1 << 18):
+            chunk = await client.chunk()
+            assert chunk.payload[8:] == content[chunk.cookie : chunk.cookie + 4096]
+            seen.add(chunk.cookie)
+        assert seen == set(range(0, SIZE, 1 << 18))
+        assert await client.at_end()
+
+
+async def test_a_file_cut_behind_our_back_reads_as_zeroes(tmp_path: Path) -> None:
+    node = FileBacked(tmp_path / "disk", b"x" * SIZE)
+    async with one_client(node, style="structured") as client:
+        os.truncate(node.fd, 100_000)
+        assert await read(client, 99_000, 4096) == b"x" * 1000 + bytes(3096)
+        assert await read(client, 0, 1 << 20) == b"x" * 100_000 + bytes((1 << 20) - 100_000)
