@@ -64,9 +64,13 @@ class Server:
     def connect(self) -> socket.socket:
         """A bare connection."""
         sock = socket.socket(socket.AF_INET if self.tcp else socket.AF_UNIX)
-        host, _, port = self.where.rpartition(":")
-        sock.connect((host, int(port)) if self.tcp else self.where)
         sock.settimeout(20)
+        host, _, port = self.where.rpartition(":")
+        try:
+            sock.connect((host, int(port)) if self.tcp else self.where)
+        except OSError:
+            sock.close()
+            raise
         return sock
 
     def stop(self) -> None:

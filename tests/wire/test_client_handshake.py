@@ -152,6 +152,21 @@ def test_unfixed_newstyle_gets_nothing_but_the_export_name() -> None:
     assert sent[:4] == bytes(4) and options_sent(sent) == [Option.EXPORT_NAME]
 
 
+@pytest.mark.parametrize("flags", [0, 1])
+def test_a_server_without_info_tells_by_entering_transmission(flags: int) -> None:
+    refusals = b"".join(reply(option, UNSUP) for option in (EXT, SR, Option.INFO, GO)) if flags else b""
+    script = greeting(flags) + refusals + messages.EXPORT_NAME_REPLY.pack(4096, FLAGS) + bytes(124)
+    export, sent = converse(client_handshake.describe_export(Wishes("x")), script)
+    assert (export.size, export.flags) == (4096, FLAGS)
+    assert options_sent(sent)[-1] == Option.EXPORT_NAME
+
+
+def test_unfixed_newstyle_has_no_list() -> None:
+    for question in (client_handshake.list_exports, client_handshake.describe_all):
+        with pytest.raises(ProtocolError, match="too old to list"):
+            converse(question(Wishes()), greeting(0))
+
+
 def test_oldstyle() -> None:
     script = messages.U32.pack(NBD_MAGIC >> 32) + messages.U32.pack(NBD_MAGIC & 0xFFFFFFFF)
     script += OLDSTYLE_MAGIC.to_bytes(8, "big") + messages.OLDSTYLE_REPLY.pack(4096, FLAGS) + bytes(124)

@@ -155,6 +155,8 @@ class ClientHandshake:
             self.mode = ReplyMode.STRUCTURED
 
     def list_exports(self) -> Handshake[list[ListedExport]]:
+        if not self.fixed:
+            raise ProtocolError("the server is too old to list its exports")
         yield _option(Option.LIST)
         exports: list[ListedExport] = []
         while True:
@@ -318,13 +320,21 @@ def open_export(wishes: Wishes) -> Handshake[Export]:
 
 
 def describe_export(wishes: Wishes) -> Handshake[Export]:
-    """All that can be known of an export without using it; its contexts are those on offer."""
+    """All that can be known of an export; its contexts are those on offer. A server that is too
+    old for INFO tells only by entering transmission."""
     haggling = yield from _greeted(wishes)
     if haggling.oldstyle is not None:
         return haggling.oldstyle
-    export = yield from _described(haggling, wishes.export)
-    yield from haggling.abort()
-    return export
+    if haggling.fixed:
+        try:
+            export = yield from _described(haggling, wishes.export)
+        except RefusedError as error:
+            if error.reply != OptionReply.ERR_UNSUP:
+                raise
+        else:
+            yield from haggling.abort()
+            return export
+    return (yield from haggling.go(wishes.export))
 
 
 def list_exports(wishes: Wishes) -> Handshake[list[ListedExport]]:
@@ -356,9 +366,8 @@ def _greeted(wishes: Wishes) -> Handshake[ClientHandshake]:
     haggling = ClientHandshake()
     yield from haggling.greet()
     if haggling.oldstyle is None:
-        if not haggling.fixed:
-            raise ProtocolError("the server is too old to tell about its exports without using them")
-        yield from haggling.choose_mode(extended=wishes.extended, structured=wishes.structured)
+        if haggling.fixed:
+            yield from haggling.choose_mode(extended=wishes.extended, structured=wishes.structured)
     return haggling
 
 
