@@ -506,7 +506,7 @@ async def test_replies_that_go_out_together_stay_whole_where_the_socket_is_full(
     """Made in one turn of the loop, they are far more than a socket takes."""
     node = GatedNode()
     node.content[:] = random.Random(0).randbytes(SIZE)
-    length = 70001
+    length = 300001
     async with one_client(node, style=style) as client:
         await client.send(*(client.request(Command.READ, i, length, cookie=i) for i in range(30)))
         await trio.testing.wait_all_tasks_blocked()
