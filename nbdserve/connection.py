@@ -52,6 +52,7 @@ INLINE_READ = 64 << 10
 # is always let in.
 MAX_IN_FLIGHT = 32
 MAX_BYTES_IN_FLIGHT = MAX_PAYLOAD
+MAX_PARTS = 64  # of one sendmsg; the system's own limit is 1024
 # So long a connection may have the loop to itself while there is work: then others get their turn,
 # and a cancellation is noticed.
 TURN_SECONDS = 1e-3
@@ -103,6 +104,7 @@ class Connection:
         self._in_flight = 0
         self._bytes_in_flight = 0
         self._room: trio.Event | None = None
+        self._ready: list[tuple[Request, list[Buffer]]] = []  # answered, to be sent
         self._nursery: trio.Nursery
         self._out = _pages(BUFFER_SIZE)
         self._out_view = memoryview(self._out)
@@ -360,7 +362,7 @@ class Connection:
         payload_length = self._payload_length(request)
         if trace.enabled:
             _trace("nbd_request", request, length=request.length)
-        if request.flags & CommandFlag.PAYLOAD_LEN and request.command == Command.BLOCK_STATUS:
+        if request.flags & _PAYLOAD_LEN and request.command == Command.BLOCK_STATUS:
             return await self._filtered_status(request, payload_length, view, start, end)
         try:
             check(self._export, self._session, request)
@@ -574,6 +576,7 @@ class Connection:
         """
         node = self._export.node
         while length:
+            await self._give_way()
             try:
                 spans = node.plain(at, length)
                 if spans is None:
@@ -634,15 +637,26 @@ class Connection:
         self._nursery.start_soon(self._execute, request)
 
     async def _execute(self, request: Request) -> None:
+        parts = await execute(self._export, self._session, self._replies, request)
+        self._ready.append((request, parts))
+        if len(self._ready) == 1:
+            await self._send_ready()
+
+    async def _send_ready(self) -> None:
+        """Send the replies that the tasks of this turn of the loop have made, at once: sending is
+        the most expensive thing about a small reply."""
+        if self._in_flight > 1:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        ready, self._ready = self._ready, []
         try:
-            parts = await execute(self._export, self._session, self._replies, request)
-            await self._send(*parts)
+            await self._send(*[part for _, parts in ready for part in parts])
             if trace.enabled:
-                _trace("nbd_reply", request)
+                for request, _ in ready:
+                    _trace("nbd_reply", request)
         except OSError:
             self.stop()  # nobody is there to read an answer
         finally:
-            self._finished(1, _weight(request))
+            self._finished(len(ready), sum(_weight(request) for request, _ in ready))
 
     def _finished(self, count: int, weight: int) -> None:
         self._in_flight -= count
@@ -741,8 +755,9 @@ class Connection:
         """Send one message, or several whole ones, undivided."""
         await self._begin_message()
         try:
-            for number, part in enumerate(parts, 1):
-                await self._put(part, more=number < len(parts))
+            rest = self._put_together(parts) if len(parts) > 1 else parts
+            for number, part in enumerate(rest, 1):
+                await self._put(part, more=number < len(rest))
         except BaseException:
             self._break_off()
             raise
@@ -762,6 +777,18 @@ class Connection:
         sent would be taken for its rest."""
         with contextlib.suppress(OSError):
             self._stream.socket.shutdown(socket.SHUT_RDWR)
+
+    def _put_together(self, parts: Sequence[Buffer]) -> Sequence[Buffer]:
+        """Send what the socket takes of `parts` at once; the lock is held. What is left."""
+        try:
+            count = self._stream.socket.sendmsg(parts[:MAX_PARTS])
+        except BlockingIOError:
+            return parts
+        for number, part in enumerate(parts):
+            if count < len(part):
+                return [memoryview(part)[count:], *parts[number + 1 :]]
+            count -= len(part)
+        return ()
 
     async def _put(self, data: Buffer, *, more: bool = False) -> None:
         """Send `data`; the lock is held. `more` holds it back until it can go with what follows."""

@@ -25,6 +25,7 @@ GRACE_SECONDS = 10
 # Before the next try where accept() failed: for want of descriptors or memory, which others will
 # give back, or for good, as on an inherited socket that its owner shut down.
 _ACCEPT_PAUSE_SECONDS = 0.1
+ACCEPTS_PER_TURN = 16
 
 
 class Log(Protocol):
@@ -93,6 +94,7 @@ class Server:
             clients.cancel_scope.deadline = trio.current_time() + GRACE_SECONDS
 
     async def _accept(self, listener: socket.socket, clients: trio.Nursery) -> None:
+        accepted = 0
         while True:
             while self._max_clients and self._clients >= self._max_clients:
                 # One event for all who wait: each has a socket of its own to accept from.
@@ -110,8 +112,11 @@ class Server:
                 self._clients += 1
                 self._log.debug("nbd_client_accepted", clients=self._clients)
                 clients.start_soon(self._client, sock)
+                self._activity.last = None  # whoever had the loop to itself has it no more
+                accepted += 1
                 # Whoever connects in a loop must not keep the others from being served.
-                await trio.lowlevel.checkpoint()
+                if not accepted % ACCEPTS_PER_TURN:
+                    await trio.lowlevel.checkpoint()
 
     async def _client(self, sock: socket.socket) -> None:
         """One client from greeting to goodbye. Its failures, our bugs included, end here."""

@@ -46,9 +46,9 @@ class Case:
         if self.random.random() >= self.wrong:
             return value
         mask = (1 << bits) - 1
-        return self.random.choice(
-            [self.random.choice(EDGES), self.random.getrandbits(bits), value ^ (1 << self.random.randrange(bits)), value + 1]
-        ) & mask  # fmt: skip
+        flipped = value ^ (1 << self.random.randrange(bits))
+        others = [self.random.choice(EDGES), self.random.getrandbits(bits), flipped, value + 1]
+        return self.random.choice(others) & mask
 
     def blob(self, longest: int = 64) -> bytes:
         return self.random.randbytes(self.random.randrange(longest))

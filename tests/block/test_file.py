@@ -89,9 +89,18 @@ async def test_a_refused_open_leaks_no_descriptor(tmp_path: Path, disk: Path) ->
 
 
 async def test_all_ways_of_aio_read_the_same(disk: Path) -> None:
-    for options in ({"aio": "threads"}, {"aio": "io_uring"}, {"aio": "native", "cache": {"direct": "on"}}):
+    direct = {"cache": {"direct": "on"}}
+    for options, asynchronous in (
+        ({"aio": "threads"}, False),
+        ({"aio": "io_uring"}, False),
+        ({"aio": "threads", **direct}, False),
+        ({"aio": "native", **direct}, True),
+        ({"aio": "io_uring", **direct}, True),
+        (direct, True),
+    ):
         async with opened(disk, **options, **{"drop-cache": "off", "aio-max-batch": "0"}) as node:
             assert await contents(node) == disk.read_bytes()
+            assert (node._aio is not None) == asynchronous
 
 
 async def test_auto_read_only_falls_back() -> None:
@@ -353,7 +362,7 @@ async def test_short_transfers_are_continued_and_errors_reported(
     disk: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
 ) -> None:
     preadv, pwritev = os.preadv, os.pwritev
-    async with opened(disk, OpenFlags(direct=direct)) as node:
+    async with opened(disk, OpenFlags(direct=direct), aio="threads") as node:
 
         def part(fd: int) -> int:
             return 4096 if direct and fd == node._fd else 1000

@@ -98,6 +98,11 @@ class TestDirectFile(FileContract):
         return {"driver": "file", "filename": str(path), "cache": {"direct": "on"}}
 
 
+class TestDirectFileInThreads(FileContract):
+    def tree(self, path: Path, size: int) -> dict[str, Any]:
+        return {"driver": "file", "filename": str(path), "cache": {"direct": "on"}, "aio": "threads"}
+
+
 class TestRaw(FileContract):
     def tree(self, path: Path, size: int) -> dict[str, Any]:
         return {"driver": "raw", "file": {"driver": "file", "filename": str(path)}}

@@ -40,7 +40,7 @@ def served(serve: Serve, disk: Path, request: pytest.FixtureRequest) -> Iterator
 
 @pytest.mark.parametrize("style", STYLES)
 @settings(
-    max_examples=8,
+    max_examples=5,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

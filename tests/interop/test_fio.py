@@ -12,7 +12,7 @@ pytestmark = pytest.mark.peer("fio")
 def fio(server, *options):
     out = run(
         "fio", "--output-format=json", "--ioengine=nbd", f"--uri={server.uri}", "--name=job",
-        "--group_reporting", "--thread", *options,
+        "--group_reporting", "--thread", "--verify_state_save=0", *options,
     )  # fmt: skip
     [job] = json.loads(out[out.index("{") :])["jobs"]
     assert job["error"] == 0

@@ -501,6 +501,25 @@ async def test_stopping_answers_what_is_in_flight() -> None:
     await export.aclose()
 
 
+@pytest.mark.parametrize("style", STYLES)
+async def test_replies_that_go_out_together_stay_whole_where_the_socket_is_full(style: str) -> None:
+    """Made in one turn of the loop, they are far more than a socket takes."""
+    node = GatedNode()
+    node.content[:] = random.Random(0).randbytes(SIZE)
+    length = 70001
+    async with one_client(node, style=style) as client:
+        await client.send(*(client.request(Command.READ, i, length, cookie=i) for i in range(30)))
+        await trio.testing.wait_all_tasks_blocked()
+        node.gate.set()
+        await trio.testing.wait_all_tasks_blocked()
+        cookies = set()
+        for _ in range(30):
+            chunk = await client.chunk(length)
+            assert chunk.payload[-length:] == node.content[chunk.cookie : chunk.cookie + length]
+            cookies.add(chunk.cookie)
+        assert cookies == set(range(30))
+
+
 async def test_a_flood_of_slow_requests_is_bounded() -> None:
     """A client that asks for more than may be in flight is no longer read from; then all is answered."""
     node = GatedNode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -19,6 +20,7 @@ from drivers.block.permission import ALL, Permission
 from drivers.errors import OptionError, RequestError
 from drivers.options.schema import Options
 from drivers.protocol.file import holes, locks, syscalls
+from drivers.protocol.file.aio import AioQueue
 from drivers.protocol.file.direct import DirectFile, probe_alignment
 from drivers.protocol.file.locks import ImageLocks
 from drivers.protocol.file.transfer import BufferedFile
@@ -37,7 +39,8 @@ _CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOT
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An open file as the node takes it over. `sparse`: there may be holes in it."""
+    """An open file as the node takes it over. `sparse`: there may be holes in it. `aio`: how a
+    direct file is read and written without threads, where the system can."""
 
     file: BufferedFile | DirectFile
     flags: OpenFlags
@@ -45,10 +48,12 @@ class Opened:
     alignment: int
     sparse: bool
     locks: ImageLocks | None
+    aio: AioQueue | None
 
 
 class FileNode(Node):
-    """Reads and writes in worker threads; answers plain() unless the page cache is bypassed.
+    """Reads and writes in worker threads; answers plain() unless the page cache is bypassed. Then
+    what the kernel can do asynchronously needs no thread.
 
     A plain read that ends early has met the end of a file that was cut behind our back: what is
     missing reads as zeroes.
@@ -66,6 +71,9 @@ class FileNode(Node):
         self._file = opened.file
         self._fd = opened.file.fd
         self._locks = opened.locks
+        self._aio = opened.aio
+        if self._aio is not None:
+            self._aio.start()
         self._sparse = opened.sparse
         self._limiter = limiter or trio.CapacityLimiter(WORKERS)
         self._dsync = os.RWF_DSYNC
@@ -78,8 +86,9 @@ class FileNode(Node):
         filename = options.string("filename", "")
         if not filename:
             raise OptionError(f"The '{cls.driver_name}' block driver requires a file name")
-        # All of them lead to the same worker threads.
-        aio = options.choice("aio", ("threads", "native", "io_uring"), "threads")
+        # Through the page cache all of them lead to the same worker threads.
+        default = "native" if context.flags.direct else "threads"
+        aio = options.choice("aio", ("threads", "native", "io_uring"), default)
         if aio == "native" and not context.flags.direct:
             raise OptionError(
                 "aio=native was specified, but it requires cache.direct=on, which was not specified."
@@ -93,12 +102,12 @@ class FileNode(Node):
             raise OptionError("persistent reservations (pr-manager) are not supported")
         limiter = trio.CapacityLimiter(WORKERS)
         opened = await trio.to_thread.run_sync(
-            lambda: cls._open_file(filename, context.flags, locking), limiter=limiter
+            lambda: cls._open_file(filename, context.flags, locking, aio), limiter=limiter
         )
         return cls(opened, filename=filename, name=context.name, limiter=limiter)
 
     @classmethod
-    def _open_file(cls, filename: str, flags: OpenFlags, locking: str) -> Opened:
+    def _open_file(cls, filename: str, flags: OpenFlags, locking: str, aio: str) -> Opened:
         fd, flags = cls._open_fd(filename, flags)
         tail_fd = -1
         try:
@@ -118,7 +127,11 @@ class FileNode(Node):
                 tail_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY if flags.read_only else os.O_RDWR)
                 file = DirectFile(fd, tail_fd, alignment)
             sparse = stat.S_ISREG(status.st_mode) and status.st_blocks * 512 < size
-            return Opened(file, flags, size, alignment, sparse, image_locks)
+            queue = None
+            if flags.direct and aio != "threads":
+                with contextlib.suppress(OSError):  # threads do it as well
+                    queue = AioQueue(fd, alignment)
+            return Opened(file, flags, size, alignment, sparse, image_locks, queue)
         except BaseException as error:
             if tail_fd >= 0:
                 os.close(tail_fd)
@@ -170,6 +183,9 @@ class FileNode(Node):
         return 1
 
     async def _close(self) -> None:
+        if self._aio is not None:
+            await self._aio.stop()
+            await self._run(self._aio.close)
         await self._run(self._file.close)
 
     async def _permissions_changed(self, needed: Permission, shared: Permission, /) -> None:
@@ -193,15 +209,23 @@ class FileNode(Node):
         return None if self.flags.direct else [(self._fd, offset, length)]
 
     async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
-        await self._run(lambda: self._file.read(offset, buffer))
+        if self._aio is None or not await self._aio.read(offset, buffer):
+            await self._run(lambda: self._file.read(offset, buffer))
 
     async def _write(self, offset: int, data: memoryview, /, *, fua: bool) -> None:
-        await self._run(lambda: self._write_through(offset, data) if fua else self._file.write(offset, data))
+        if fua:
+            await self._write_through(offset, data)
+        else:
+            await self._put(offset, data)
 
-    def _write_through(self, offset: int, data: memoryview) -> None:
+    async def _put(self, offset: int, data: memoryview, flags: int = 0) -> None:
+        if self._aio is None or not await self._aio.write(offset, data, flags):
+            await self._run(lambda: self._file.write(offset, data, flags))
+
+    async def _write_through(self, offset: int, data: memoryview) -> None:
         if self._dsync:
             try:
-                self._file.write(offset, data, self._dsync)
+                await self._put(offset, data, self._dsync)
                 return
             except OSError as error:
                 if error.errno == errno.EIO:
@@ -210,8 +234,8 @@ class FileNode(Node):
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
             self._dsync = 0
-        self._file.write(offset, data)
-        self._sync()
+        await self._put(offset, data)
+        await self._flush()
 
     async def _flush(self) -> None:
         await self._run(self._sync)

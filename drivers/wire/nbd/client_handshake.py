@@ -365,9 +365,8 @@ def _greeted(wishes: Wishes) -> Handshake[ClientHandshake]:
         raise OptionError("TLS is not supported yet")
     haggling = ClientHandshake()
     yield from haggling.greet()
-    if haggling.oldstyle is None:
-        if haggling.fixed:
-            yield from haggling.choose_mode(extended=wishes.extended, structured=wishes.structured)
+    if haggling.oldstyle is None and haggling.fixed:
+        yield from haggling.choose_mode(extended=wishes.extended, structured=wishes.structured)
     return haggling
 
 
