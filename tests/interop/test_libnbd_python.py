@@ -117,6 +117,9 @@ def test_structured_reads_in_chunks(servers, connect, disk):
             chunks.append((offset, len(data), status))
 
         assert handle.pread_structured(8 * MiB, 0, chunk, flags) == content
+        # Holes included, every byte comes once.
+        ends = [0, *(offset + length for offset, length, _ in sorted(chunks))]
+        assert [offset for offset, _, _ in sorted(chunks)] == ends[:-1] and ends[-1] == 8 * MiB
         return chunks
 
     data = [(offset, length) for offset, length, status in read(0) if status == nbd.READ_DATA]
