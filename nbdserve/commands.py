@@ -57,6 +57,18 @@ class Refusal(Exception):
         self.number = number
 
 
+def trace_request(event: str, request: Request, **more: object) -> None:
+    """Trace `event` with what identifies a request; only to be called while anything is traced."""
+    trace(
+        event,
+        command=request.command,
+        cookie=request.cookie,
+        offset=request.offset,
+        flags=request.flags,
+        **more,
+    )
+
+
 def check(export: NbdExport, session: Session, request: Request) -> None:
     """Raise Refusal for what must not reach the node (proto.md, "Error values")."""
     command, flags, length = request.command, request.flags, request.length
@@ -104,7 +116,7 @@ async def execute(export: NbdExport, session: Session, replies: Replies, request
     except OSError as error:
         number = wire_error_of(request, error)
         if trace.enabled:
-            trace("nbd_request_failed", command=request.command, cookie=request.cookie, reason=str(error))
+            trace_request("nbd_request_failed", request, reason=str(error))
         return [replies.error(request.cookie, request.offset, number, error.strerror or str(error))]
     except MemoryError:
         return [replies.error(request.cookie, request.offset, WireError.ENOMEM)]

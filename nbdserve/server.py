@@ -15,8 +15,9 @@ from drivers.errors import ProtocolError
 from drivers.net.stream import Stream
 from drivers.wire.nbd.server_handshake import ServerHandshake, Session
 from drivers.wire.nbd.steps import Handshake, Receive, Send
-from nbdserve.connection import Activity, Connection
+from nbdserve.connection import Connection
 from nbdserve.exports.nbd import ExportTable, NbdExport
+from nbdserve.turns import Activity
 
 # Requests in flight get so long to finish when the server ends; the disk may be slow, a client
 # that reads nothing must not hold it up for ever.

@@ -17,7 +17,7 @@ from drivers.block.node import Node, OpenFlags
 from drivers.errors import RequestError
 from drivers.testing.memory import MemoryNode
 from drivers.wire.nbd.constants import Command, CommandFlag, ReplyType
-from nbdserve import connection as connection_module
+from nbdserve import tasks
 from nbdserve.exports.nbd import NbdExport
 from tests.server.rawclient import PlainNode, RawClient, connect, one_client, serving
 
@@ -561,7 +561,7 @@ async def test_cold_reads_are_right_on_every_path(
     tmp_path: Path, style: str, patience: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Polled for by a lone client (after a few batches), or waited for by a thread."""
-    monkeypatch.setattr(connection_module, "LINGER_PATIENCE", patience)
+    monkeypatch.setattr(tasks, "COLD_PATIENCE", patience)
     content = os.urandom(SIZE)
     node = FileBacked(tmp_path / "disk", content)
     async with one_client(node, style=style) as client:
