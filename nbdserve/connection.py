@@ -667,7 +667,13 @@ class Connection:
 
     async def _start_cold(self, requests: list[Request]) -> None:
         """Wait for these reads, which the disk has been told of: for a moment here, since a quick
-        disk has them before a thread has begun to wait, then in one thread for all of them."""
+        disk has them before a thread has begun to wait, then in one thread for many of them."""
+        # A batch may ask for far more than may be in flight.
+        for first in range(0, len(requests), MAX_IN_FLIGHT):
+            await self._start_some_cold(requests[first : first + MAX_IN_FLIGHT])
+            await self._give_way()
+
+    async def _start_some_cold(self, requests: list[Request]) -> None:
         if self._cold_patience > 0 and self._can_linger and self._activity.streak > LINGER_STREAK:
             parts, requests = self._poll_cold(requests)
             if parts:

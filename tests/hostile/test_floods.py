@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from errno import EINVAL, ENOSPC
@@ -217,6 +218,36 @@ def test_a_client_that_asks_and_never_reads_costs_a_bounded_amount(
                 assert len(good.read(0, 4096)) == 4096
         assert server.memory("VmHWM") - before < FOR_ONE_CLIENT * len(clients)
         assert server.memory() - before < FOR_ONE_CLIENT
+    server.check()
+
+
+def test_a_flood_of_reads_that_the_disk_must_answer_costs_a_bounded_amount(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """2000 reads in one packet, none of them in the page cache: 125 MiB if all were held at once."""
+    image = tmp_path / "cold"
+    count, length = 2000, 65536
+    with image.open("wb") as file:
+        for number in range(count):
+            file.write(number.to_bytes(8, "big") * (length // 8))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    server = serve("-t", "-e", "0", "-f", "raw", str(image))
+    with server.good() as client:
+        before = server.memory()
+        asked = b"".join(client.begin(Command.READ, i * length, length, cookie=i) for i in range(count))
+        sender = threading.Thread(target=client.send, args=(asked,))
+        sender.start()
+        cookies = set()
+        for _ in range(count):
+            reply = client.reply()
+            assert not reply.error
+            assert reply.data == reply.cookie.to_bytes(8, "big") * (length // 8)
+            cookies.add(reply.cookie)
+        sender.join()
+        assert cookies == set(range(count))
+    assert server.memory("VmHWM") - before < FOR_ONE_CLIENT
     server.check()
 
 
