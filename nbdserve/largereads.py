@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from drivers.block.extents import Span
 from drivers.errors import ProtocolError
 from drivers.wire.nbd.constants import CommandFlag
-from nbdserve.commands import Request
+from nbdserve.commands import Request, trace_request
 from nbdserve.exports.nbd import NbdExport
 from nbdserve.replies import Replies, wire_error
 from nbdserve.sender import Sender
+from nbdserve.trace import trace
 from nbdserve.turns import Turn
 
 _DF = int(CommandFlag.DF)
@@ -31,11 +32,12 @@ class LargeReads:
         self._turn = turn
         # Probes that must not block; 0 where the file system does not know the flag.
         self._nowait = os.RWF_NOWAIT
+        self._can_sendfile = True
 
     async def answer(self, request: Request) -> bool:
         """Answer a read straight from host files. False: nothing was sent, it must be read."""
         offset, length = request.offset, request.length
-        if not (self._export.pace.inline or self._export.pace.recover()):
+        if not (self._can_sendfile and (self._export.pace.inline or self._export.pace.recover())):
             return False
         spans = self._export.node.plain(offset, length)
         if spans is None or not self._resident(spans):
@@ -43,6 +45,8 @@ class LargeReads:
         one_chunk = len(spans) > 1 and (not self._replies.structured or bool(request.flags & _DF))
         async with self._sender.message():
             await self._send_spans(request, spans, one_chunk)
+        if trace.enabled:
+            trace_request("nbd_reply", request)
         return True
 
     def _resident(self, spans: Sequence[Span]) -> bool:
@@ -105,7 +109,7 @@ class LargeReads:
             await self._turn.give_way()
             try:
                 spans = node.plain(at, length)
-                if spans is None:
+                if spans is None or not self._can_sendfile:
                     count = min(length, _PIECE)
                     buffer = bytearray(count)
                     await node.read_into(at, buffer)
@@ -133,6 +137,11 @@ class LargeReads:
             count = os.sendfile(self._sender.stream.socket.fileno(), fd, position, length)
         except BlockingIOError:
             await self._sender.writable()
+            return 0
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS):
+                raise
+            self._can_sendfile = False  # not on this file system
             return 0
         self._export.pace.note(time.perf_counter() - began)
         if not count:  # the file ends before the image does: the rest reads as zeroes

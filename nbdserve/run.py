@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from drivers.errors import OptionError
 from drivers.net.address import Address, InetAddress, UnixAddress
 from nbdserve.process import go_to_background, run_command, socket_label, stop_on_signals, write_pid_file
 from nbdserve.settings import ServeSettings
+
+MAX_DESCRIPTORS = 65536
 
 
 def serve_until_told(settings: ServeSettings) -> int:
@@ -22,7 +25,17 @@ def serve_until_told(settings: ServeSettings) -> int:
     detach = go_to_background(keep_stderr=settings.verbose) if settings.fork else _stay
     import trio  # after the fork, and not for a command line that is wrong
 
+    _raise_descriptor_limit()
+
     return trio.run(_main, settings, detach)
+
+
+def _raise_descriptor_limit() -> None:
+    """Every client takes a descriptor; the limit that shells begin with is for select()'s sake."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _stay() -> None:

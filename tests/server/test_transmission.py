@@ -603,3 +603,44 @@ async def test_a_file_cut_behind_our_back_reads_as_zeroes(tmp_path: Path) -> Non
         os.truncate(node.fd, 100_000)
         assert await read(client, 99_000, 4096) == b"x" * 1000 + bytes(3096)
         assert await read(client, 0, 1 << 20) == b"x" * 100_000 + bytes((1 << 20) - 100_000)
+
+
+@pytest.mark.parametrize("style", STYLES)
+async def test_a_file_system_without_sendfile_is_read_instead(
+    style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def sendfile(*arguments: object) -> int:
+        asked.append(arguments)
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    data = os.urandom(1 << 20)
+    async with one_client(make("plain"), style=style) as client:
+        assert await client.result(write(client, 0, data)) == 0
+        assert await read(client, 0, len(data)) == data
+        assert await read(client, 0, len(data)) == data
+    assert len(asked) == 1
+
+
+async def test_tracing_sees_every_request_and_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbdserve.trace import EVENTS, trace
+
+    seen: list[tuple[str, object]] = []
+    trace.enable(EVENTS, lambda name, **fields: seen.append((name, fields.get("cookie"))))
+    try:
+        async with one_client(make("plain")) as client:
+            assert await client.result(write(client, 0, b"x" * 512, cookie=1)) == 0
+            assert await client.result(write(client, 0, b"x" * 500_000, cookie=2)) == 0
+            await client.send(client.request(Command.READ, 0, 512, cookie=3))
+            await client.reply()
+            await client.send(client.request(Command.READ, 0, 1 << 20, cookie=4))
+            await client.reply()
+            assert await client.result(client.request(Command.FLUSH, cookie=5)) == 0
+            assert await client.result(client.request(99, cookie=6)) == errno.EINVAL
+    finally:
+        trace.enable((), lambda name, **fields: None)
+    for cookie in range(1, 6):
+        assert seen.count(("nbd_request", cookie)) == seen.count(("nbd_reply", cookie)) == 1
+    assert ("nbd_request_failed", 6) in seen and ("nbd_reply", 6) not in seen
