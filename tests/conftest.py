@@ -24,10 +24,12 @@ PACKAGES = {
     "nbdkit": "nbdkit",
     "nbdinfo": "libnbd-bin",
     "nbdcopy": "libnbd-bin",
+    "nbdfuse": "libnbd-bin",
     "nbd-client": "nbd-client",
     "nbd-server": "nbd-server",
     "fio": "fio",
     "losetup": "mount",
+    "systemd-socket-activate": "systemd",
     "module:nbd": "python3-libnbd",
 }
 

@@ -15,6 +15,7 @@ from nbdclient.cli.arguments import parser
 from nbdserve.cli.help import TEXT
 from nbdserve.cli.nbd import NOT_YET, TABLE
 from nbdserve.trace import EVENTS
+from tests.conftest import PACKAGES
 
 ROOT = Path(__file__).parents[2]
 SERVE = (ROOT / "docs/nbdserve.md").read_text()
@@ -82,3 +83,10 @@ def test_version_needs_nothing_heavy(command: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{command} ")
+
+
+def test_every_peer_that_a_test_needs_has_its_package() -> None:
+    source = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    for marks in re.findall(r"pytest\.mark\.peer\(([^)]*)\)", source):
+        for peer in re.findall(r'"([^"]+)"', marks):
+            assert peer in PACKAGES, f"tests/conftest.py does not know the package of {peer}"
