@@ -64,10 +64,11 @@ class Server:
     def connect(self) -> socket.socket:
         """A bare connection."""
         sock = socket.socket(socket.AF_INET if self.tcp else socket.AF_UNIX)
-        sock.settimeout(20)
         host, _, port = self.where.rpartition(":")
         try:
+            # Without a timeout yet: with one, a full backlog on a Unix socket is an error at once.
             sock.connect((host, int(port)) if self.tcp else self.where)
+            sock.settimeout(20)
         except OSError:
             sock.close()
             raise
