@@ -17,7 +17,6 @@ class Row:
 
     target: str
     prefixes: tuple[str, ...] = ()
-    is_format: bool = False
 
 
 ROWS = {
@@ -27,7 +26,7 @@ ROWS = {
     "nbd": Row("drivers.protocol.nbd.driver:NbdNode", ("nbd", "nbd+tcp", "nbd+unix", "nbds", "nbds+unix")),
     "null-co": Row("drivers.protocol.null:NullNode", ("null-co",)),
     "null-aio": Row("drivers.protocol.null:NullNode", ("null-aio",)),
-    "raw": Row("drivers.format.raw:RawNode", is_format=True),
+    "raw": Row("drivers.format.raw:RawNode"),
 }
 
 

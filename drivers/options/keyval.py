@@ -24,11 +24,6 @@ def parse_keyval(text: str, *, implied_key: str | None = None) -> Tree:
     return nest(_pairs(text, implied_key))
 
 
-def format_value(value: str) -> str:
-    """`value` as it is written inside key=value,... ."""
-    return value.replace(",", ",,")
-
-
 def _pairs(text: str, implied_key: str | None) -> Iterator[tuple[Path, str]]:
     position = 0
     while position < len(text):

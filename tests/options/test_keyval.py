@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers.errors import OptionError
-from drivers.options.keyval import format_value, parse_keyval
+from drivers.options.keyval import parse_keyval
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,8 @@ TREES = st.dictionaries(
 
 def written(value, prefix):
     if isinstance(value, str):
-        yield f"{prefix}={format_value(value)}"
+        escaped = value.replace(",", ",,")
+        yield f"{prefix}={escaped}"
         return
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, item in items:
