@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 import trio
 
+from drivers.block.dirty import DirtyBitmap
 from drivers.block.edge import Edge, attach
 from drivers.block.extents import Extent, ExtentFlags, Span, clipped, merged
 from drivers.block.limits import MAX_REQUEST, MAX_SIZE, Limits
@@ -80,6 +81,9 @@ class Node:
         self.parents: list[Edge] = []
         self.requests = RequestTracker()
         self.closed = False
+        # By name; those that are enabled are told of every write. See track() and untrack().
+        self.bitmaps: dict[str, DirtyBitmap] = {}
+        self._tracking: tuple[DirtyBitmap, ...] = ()
         # Truncating and closing exclude each other.
         self._reshaping = trio.Lock()
         self._close_callbacks: list[Callable[[], object]] = []
@@ -113,6 +117,10 @@ class Node:
 
     async def _flush(self) -> None:
         """Make every completed write durable."""
+
+    def _grow(self, size: int, /) -> bool:
+        """See grow(); `size` is more than the node's."""
+        return False
 
     async def _cache(self, offset: int, length: int, /) -> None:
         """Advice: the range will be read soon."""
@@ -163,10 +171,24 @@ class Node:
         return None if self.requests.guarded else self._plain(offset, length)
 
     def plain_write(self, offset: int, length: int, /) -> Sequence[Span] | None:
-        """Like plain(), for bytes that may be overwritten where they lie."""
+        """Like plain(), for bytes that may be overwritten where they lie. The caller writes all of
+        them, or has an error to report: a format may have taken storage for them."""
         if self.requests.guarded or self.flags.read_only or self.flags.detect_zeroes != "off":
             return None
-        return self._plain_write(offset, length)
+        spans = self._plain_write(offset, length)
+        if spans is not None and self._tracking:
+            self._mark(offset, length)
+        return spans
+
+    def grow(self, size: int, /) -> bool:
+        """Have the node end at `size` or behind: what is added reads as zeroes, and takes no
+        storage before it is written. False where the node cannot grow at once. Never blocks."""
+        if size <= self.size:
+            return True
+        if self.closed or self.flags.read_only or size > MAX_SIZE or not self._grow(size):
+            return False
+        self.size = size
+        return True
 
     def hold(self, offset: int, length: int, /) -> Request:
         """Keep the spans just returned valid until release()."""
@@ -209,6 +231,7 @@ class Node:
             if start != offset or end != offset + len(view):
                 view = await self._modified(start, end, offset, view)
             fua = fua and not self.flags.no_flush
+            self._mark(offset, len(data))
             await self._write(start, view, fua=fua and self.supports_fua)
             if fua and not self.supports_fua:
                 await self._flush()
@@ -238,6 +261,7 @@ class Node:
                 if aligned != [start, end]:
                     # The end was the node's when it was found, and the node has grown since.
                     raise RequestError(errno.ENOTSUP)
+                self._mark(start, end - start)
                 await self._write_zeroes(start, end - start, may_unmap=may_unmap, fast=fast)
             except OSError as error:
                 if fast or error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
@@ -264,6 +288,7 @@ class Node:
         request, *aligned = await self._begin(start, end - start, writing=True, bounded=False)
         try:
             if aligned == [start, end]:  # else the node has grown since its end was found
+                self._mark(start, end - start)
                 await self._discard(start, end - start)
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
@@ -311,6 +336,8 @@ class Node:
             self._check_alive()
             await self._truncate(size, preallocation=preallocation)
             self.size = size
+            for bitmap in self.bitmaps.values():
+                bitmap.resize(size)
 
     async def aclose(self) -> None:
         """Flush and release the node and, through its edges, its children. Idempotent."""
@@ -335,6 +362,26 @@ class Node:
     def on_close(self, callback: Callable[[], object]) -> None:
         """Have `callback` called once the node is closed."""
         self._close_callbacks.append(callback)
+
+    # --- dirty bitmaps ----------------------------------------------------------------------
+
+    def track(self, bitmap: DirtyBitmap) -> None:
+        """Take a bitmap of the node's size into `bitmaps`, or notice that it was enabled or disabled."""
+        self.bitmaps[bitmap.name] = bitmap
+        self._find_tracking()
+
+    def untrack(self, name: str) -> None:
+        del self.bitmaps[name]
+        self._find_tracking()
+
+    def _find_tracking(self) -> None:
+        self._tracking = tuple(
+            bitmap for bitmap in self.bitmaps.values() if bitmap.enabled and not bitmap.inconsistent
+        )
+
+    def _mark(self, offset: int, length: int) -> None:
+        for bitmap in self._tracking:
+            bitmap.mark(offset, length)
 
     # --- permissions ------------------------------------------------------------------------
 
@@ -416,6 +463,7 @@ class Node:
             whole = start == offset and end == offset + chunk
             try:
                 data = zeroes[:chunk] if whole else await self._modified(start, end, offset, zeroes[:chunk])
+                self._mark(offset, chunk)
                 await self._write(start, data, fua=False)
             finally:
                 self.requests.finish(request)

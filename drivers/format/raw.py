@@ -128,6 +128,9 @@ class RawNode(Node):
     async def _flush(self) -> None:
         await self._child.flush()
 
+    def _grow(self, size: int, /) -> bool:
+        return not self._fixed_size and self._child.grow(self._offset + size)
+
     async def _cache(self, offset: int, length: int, /) -> None:
         await self._child.cache(self._offset + offset, length)
 

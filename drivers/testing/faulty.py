@@ -51,6 +51,9 @@ class FaultyNode(Node):
         spans = self._child.plain(offset, length) if self._passes_plain else None
         return None if spans is None else list(spans)
 
+    def _grow(self, size: int, /) -> bool:
+        return self._child.grow(size)
+
     async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
         await self._step("read_into", offset, len(buffer))
         await self._child.read_into(offset, buffer)

@@ -38,6 +38,12 @@ class MemoryNode(Node):
     async def _write_zeroes(self, offset: int, length: int, /, *, may_unmap: bool, fast: bool) -> None:
         self.content[offset : offset + length] = bytes(length)
 
+    def _grow(self, size: int, /) -> bool:
+        if size > MAX_MEMORY_SIZE:
+            return False
+        self.content.extend(bytes(size - len(self.content)))
+        return True
+
     async def _block_status(self, offset: int, length: int, /) -> list[Extent]:
         return [Extent(length, ExtentFlags.DATA)]
 

@@ -39,14 +39,16 @@ _CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOT
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An open file as the node takes it over. `sparse`: there may be holes in it. `aio`: how a
-    direct file is read and written without threads, where the system can."""
+    """An open file as the node takes it over. `sparse`: there may be holes in it. `may_grow`: it can
+    be written behind its end. `aio`: how a direct file is read and written without threads, where
+    the system can."""
 
     file: BufferedFile | DirectFile
     flags: OpenFlags
     size: int
     alignment: int
     sparse: bool
+    may_grow: bool
     locks: ImageLocks | None
     aio: AioQueue | None
 
@@ -75,6 +77,9 @@ class FileNode(Node):
         if self._aio is not None:
             self._aio.start()
         self._sparse = opened.sparse
+        self._may_grow = opened.may_grow
+        # The node was grown: the file itself may still end before `size`.
+        self._grown = False
         self._limiter = limiter or trio.CapacityLimiter(WORKERS)
         self._dsync = os.RWF_DSYNC
         self._flush_errno = 0
@@ -126,12 +131,13 @@ class FileNode(Node):
                 alignment = max(alignment, probe_alignment(fd))
                 tail_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY if flags.read_only else os.O_RDWR)
                 file = DirectFile(fd, tail_fd, alignment)
-            sparse = stat.S_ISREG(status.st_mode) and status.st_blocks * 512 < size
+            regular = stat.S_ISREG(status.st_mode)
+            sparse = regular and status.st_blocks * 512 < size
             queue = None
             if flags.direct and aio != "threads":
                 with contextlib.suppress(OSError):  # threads do it as well
                     queue = AioQueue(fd, alignment)
-            return Opened(file, flags, size, alignment, sparse, image_locks, queue)
+            return Opened(file, flags, size, alignment, sparse, regular, image_locks, queue)
         except BaseException as error:
             if tail_fd >= 0:
                 os.close(tail_fd)
@@ -186,6 +192,8 @@ class FileNode(Node):
         if self._aio is not None:
             await self._aio.stop()
             await self._run(self._aio.close)
+        if self._grown:
+            await self._run(self._settle)
         await self._run(self._file.close)
 
     async def _permissions_changed(self, needed: Permission, shared: Permission, /) -> None:
@@ -245,11 +253,23 @@ class FileNode(Node):
         would succeed; so it is not asked again."""
         if not self._flush_errno:
             try:
+                self._settle()
                 os.fdatasync(self._fd)
             except OSError as error:
                 self._flush_errno = error.errno or errno.EIO
         if self._flush_errno:
             raise RequestError(self._flush_errno)
+
+    def _grow(self, size: int, /) -> bool:
+        self._grown = self._may_grow
+        return self._may_grow
+
+    def _settle(self) -> None:
+        """Give the file the length that the node has grown to."""
+        if self._grown:
+            self._grown = False
+            if os.fstat(self._fd).st_size < self.size:
+                os.ftruncate(self._fd, self.size)
 
     async def _cache(self, offset: int, length: int, /) -> None:
         if not self.flags.direct:
