@@ -19,8 +19,12 @@ SAMPLES: dict[str, str] = {
 }
 
 
-def make_sample(name: str, path: Path) -> None:
-    """Data, zeroes of all kinds, compressed clusters, snapshots and a bitmap."""
+def make_sample(name: str, path: Path, *, for_repair: bool = False) -> None:
+    """Data, zeroes of all kinds, compressed clusters, snapshots and bitmaps.
+
+    `for_repair`: never both snapshots and bitmaps. qemu-img 7.2 drops the snapshots of an image
+    with bitmaps when it opens it for a repair, so it cannot tell what is right there.
+    """
     options = SAMPLES[name]
     qemu_img("create", "-q", "-f", "qcow2", *(("-o", options) if options else ()), path, "1M")
     zero = "write -z 128k 20k" if "0.10" not in options else "write -P 0 128k 20k"
@@ -31,7 +35,7 @@ def make_sample(name: str, path: Path) -> None:
         qemu_io(path, "write -P 6 60k 50k", "write -P 7 900k 1k")
         qemu_img("snapshot", "-c", "second", path)
         qemu_io(path, "write -P 8 0 10k", "write -c -P 9 576k 64k")
-    if "0.10" not in options:
+    if "0.10" not in options and not (for_repair and name != "one-bit"):
         qemu_img("bitmap", "--add", "-g", "512", path, "dirt")
         qemu_img("bitmap", "--add", "-g", "64k", path, "more")
         qemu_io(path, "write -P 10 300k 3k", "write -z 64k 64k")

@@ -248,8 +248,6 @@ class L2Visit:
                 await self._standard(index, entry, bitmap)
             elif bitmap & ALL_ALLOCATED:
                 self.inspection.corrupt("ERROR: Unallocated cluster has non-zero subcluster allocation map")
-                if self.census.repair and not await self._make_zero(index):
-                    return
 
     def _compressed(self, index: int, entry: int, bitmap: int) -> None:
         inspection = self.inspection
@@ -282,8 +280,6 @@ class L2Visit:
             inspection.corrupt(
                 f"ERROR offset={offset:x}: Allocated cluster has corrupted subcluster allocation bitmap"
             )
-            if self.census.repair and await self._make_zero(index):
-                return
         if offset % size:
             empty = not bitmap & ALL_ALLOCATED if self.census.entry_words > 1 else entry & ZERO
             if empty:
@@ -312,6 +308,10 @@ class L2Visit:
         words = self.census.entry_words
         at = index * words
         new = array("Q", (0, ALL_ZERO) if words > 1 else (ZERO,))
+        if self.inspection.overlaps(self.offset + at * 8, len(new) * 8):
+            self.inspection.report.check_errors += 1
+            self.inspection.say("ERROR: Overlap check failed")
+            raise self.inspection.fail(errno.EIO)
         try:
             await self.inspection.write_table(self.offset + at * 8, new)
         except OSError as error:

@@ -13,6 +13,7 @@ from drivers.format.qcow2.census import Census
 from drivers.format.qcow2.copied_check import CopiedCheck
 from drivers.format.qcow2.header import Header, Incompatible
 from drivers.format.qcow2.inspection import Inspection
+from drivers.format.qcow2.layout import REFCOUNT_OFFSET_MASK
 from drivers.format.qcow2.refcount_check import MAX_CLUSTERS, RefcountCheck
 from drivers.format.qcow2.snapshot_check import SnapshotCheck
 
@@ -46,6 +47,8 @@ class _Check:
         header = inspection.header
         report.total_clusters = -(-header.size // header.cluster_size)
         self.l1 = await inspection.read_table(header.l1_table_offset, header.l1_size)
+        if inspection.fix_leaks:
+            await self._find_metadata()
         census, refcounts = await self._count(repair=inspection.fix_errors)
         refcounts = await self._compare(refcounts)
         await self._check_copied(census, refcounts)
@@ -65,6 +68,22 @@ class _Check:
         refcounts = RefcountCheck(inspection, table)
         await refcounts.count_blocks(repair=repair)
         return census, refcounts
+
+    async def _find_metadata(self) -> None:
+        """What the repair of an L2 table must not overwrite."""
+        inspection, header = self.inspection, self.inspection.header
+        size = header.cluster_size
+        entries = header.refcount_table_clusters << header.cluster_bits >> 3
+        blocks = await inspection.read_table(header.refcount_table_offset, entries)
+        ranges = [
+            (0, size),
+            (header.l1_table_offset, header.l1_size * 8),
+            (header.refcount_table_offset, entries * 8),
+            (header.snapshots_offset, self.snapshots.size),
+            *((entry & REFCOUNT_OFFSET_MASK, size) for entry in filter(None, blocks)),
+            *((entry.l1_table_offset, entry.l1_size * 8) for entry in self.snapshots.entries),
+        ]
+        inspection.metadata = [(offset, offset + length) for offset, length in ranges if length]
 
     async def _compare(self, refcounts: RefcountCheck) -> RefcountCheck:
         inspection, report = self.inspection, self.inspection.report
@@ -89,6 +108,7 @@ class _Check:
         inspection.say("Rebuilding refcount structure")
         corruptions, leaks = report.corruptions, report.leaks
         await refcounts.build_anew()
+        await self._find_metadata()
         report.corruptions = report.leaks = 0
         report.allocated_clusters = report.fragmented_clusters = report.compressed_clusters = 0
         inspection.start_over()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from array import array
 
 from drivers.format.qcow2.inspection import Inspection
@@ -87,6 +89,11 @@ class CopiedCheck:
         inspection = self.inspection
         for at in wrong:
             table[at] ^= COPIED
+        if inspection.overlaps(offset, inspection.cluster_size):
+            inspection.report.check_errors += 1
+            reason = os.strerror(errno.EIO)
+            inspection.say(f"ERROR: Could not write L2 table; metadata overlap check failed: {reason}")
+            raise inspection.fail(errno.EIO)
         try:
             await inspection.write_table(offset, table)
         except OSError as error:

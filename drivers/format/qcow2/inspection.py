@@ -33,6 +33,7 @@ class Inspection:
     """An image under inspection. Nobody else uses it meanwhile.
 
     `references`: what refers to each cluster. `clusters`: of the file, the last one maybe in part.
+    `metadata`: (offset, end) of what no L2 table may overlap.
     """
 
     def __init__(self, file: Node, header: Header, repair: Repair) -> None:
@@ -43,6 +44,7 @@ class Inspection:
         self.report = CheckReport()
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
+        self.metadata: list[tuple[int, int]] = []
         self._left = 4 * file.size + _SLACK
         self.start_over()
 
@@ -84,7 +86,14 @@ class Inspection:
             table.byteswap()
         return table
 
+    def overlaps(self, offset: int, length: int) -> bool:
+        """Whether a range of an L2 table is metadata of another kind, too."""
+        return any(start < offset + length and offset < end for start, end in self.metadata)
+
     async def write_table(self, offset: int, table: array[int]) -> None:
+        end = offset + len(table) * 8
+        if end > self.file.size:
+            await self.file.truncate(end)
         if sys.byteorder == "little":
             table = table[:]
             table.byteswap()

@@ -300,13 +300,17 @@ class RefcountCheck:
 
     async def store(self, first: int, count: int) -> None:
         """Write the refcounts of these clusters as they were counted. Their blocks exist."""
-        references = self.inspection.references
-        for page in range(
-            first // references.page_entries, (first + count - 1) // references.page_entries + 1
-        ):
+        inspection, references = self.inspection, self.inspection.references
+        end = first + count
+        while first < end:
+            page, at = divmod(first, references.page_entries)
+            part = min(end - first, references.page_entries - at)
             index, number = divmod(page, self.pages_per_block)
             offset = (self.table[index] & REFCOUNT_OFFSET_MASK) + number * self.page_bytes
-            await self.inspection.file.write(offset, encode(references.look(page), references.order))
+            counts = decode(await inspection.read(offset, self.page_bytes), references.order)
+            counts[at : at + part] = references.look(page)[at : at + part]
+            await inspection.file.write(offset, encode(counts, references.order))
+            first += part
 
 
 def _last_nonzero(counts: array[int]) -> int:
