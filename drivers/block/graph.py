@@ -11,6 +11,7 @@ import trio
 
 from drivers.block.node import Node, OpenFlags
 from drivers.errors import OptionError
+from drivers.objects.store import ObjectStore
 from drivers.options.schema import Options, Tree, Value
 
 
@@ -85,10 +86,12 @@ class OpenContext:
 
 
 class Graph:
-    """The open nodes of one program, by name. Nothing is shared between two graphs."""
+    """The open nodes of one program, by name, and the objects that they may refer to. Nothing is
+    shared between two graphs."""
 
-    def __init__(self, catalog: DriverCatalog) -> None:
+    def __init__(self, catalog: DriverCatalog, objects: ObjectStore | None = None) -> None:
         self.catalog = catalog
+        self.objects = ObjectStore() if objects is None else objects
         self.nodes: dict[str, Node] = {}
         self._numbers = itertools.count()
 
