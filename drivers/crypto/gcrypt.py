@@ -48,7 +48,8 @@ def load() -> ctypes.PyDLL:
         library = ctypes.PyDLL(_SONAME)
     except OSError:
         raise OptionError(
-            f"Encryption needs {_SONAME}, which is not installed (Debian, Ubuntu: apt-get install libgcrypt20)"
+            f"Encryption needs {_SONAME}, which is not installed; "
+            "on Debian and Ubuntu: apt-get install libgcrypt20"
         ) from None
     library.gcry_check_version.argtypes = [c_char_p]
     library.gcry_check_version.restype = c_char_p

@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass, replace
 
 from drivers.crypto.cipher import ALGORITHMS, check_cipher, key_bytes
-from drivers.crypto.hashes import DIGEST_BYTES, MAX_ITERATIONS, check_hash
+from drivers.crypto.hashes import MAX_ITERATIONS, check_hash
 from drivers.errors import ImageError, OptionError
 
 MAGIC = b"LUKS\xba\xbe"
