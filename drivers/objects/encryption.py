@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from drivers.crypto.cipher import ALGORITHMS, IV_GENERATORS
 from drivers.crypto.gcrypt import MODES
 from drivers.crypto.hashes import DIGEST_BYTES
-from drivers.crypto.luks.layout import Format
-from drivers.crypto.luks.volume import DEFAULT_ITER_TIME
+from drivers.crypto.luks.layout import SLOTS, Format
+from drivers.crypto.luks.volume import DEFAULT_ITER_TIME, Volume
 from drivers.errors import OptionError
 from drivers.objects.secret import password
 from drivers.objects.store import ObjectStore
@@ -55,8 +55,85 @@ def take_encryption(options: Options) -> NewEncryption:
     )
 
 
-def _choice(options: Options, key: str, values: Iterable[str], default: str) -> str:
+def _choice(options: Options, key: str, values: Iterable[str], default: str | None = None) -> str:
     value = options.string(key, default)
+    if value is None:
+        raise OptionError(f"Parameter '{key}' is missing")
     if value not in values:
         raise OptionError(f"Parameter '{key}' does not accept value '{value}'")
     return value
+
+
+async def amend_slots(volume: Volume, options: Options, objects: ObjectStore, *, force: bool = False) -> None:
+    """Add a password to `volume`, or erase some, as `options` say: state, keyslot, new-secret,
+    old-secret, iter-time. Without `force` at least one password stays. Raises OptionError."""
+    state = _choice(options, "state", ("active", "inactive"))
+    keyslot = options.integer("keyslot", None)
+    new, old = options.string("new-secret", None), options.string("old-secret", None)
+    iter_time = options.integer("iter-time", DEFAULT_ITER_TIME)
+    if keyslot is not None and keyslot >= SLOTS:
+        raise OptionError(f"Invalid keyslot {keyslot} specified, must be between 0 and {SLOTS - 1}")
+    if state == "active":
+        if new is None:
+            raise OptionError("'new-secret' is required to activate a keyslot")
+        if old is not None:
+            raise OptionError("'old-secret' must not be given when activating keyslots")
+        await _activate(volume, keyslot, password(objects, new), iter_time, force=force)
+        return
+    if new is not None:
+        raise OptionError("'new-secret' must not be given when erasing keyslots")
+    old_password = None if old is None else password(objects, old)
+    if keyslot is not None:
+        await _erase_slot(volume, keyslot, old_password, force=force)
+    elif old_password is not None:
+        await _erase_password(volume, old_password, force=force)
+    else:
+        raise OptionError(
+            "To erase keyslot(s), either explicit keyslot index or the password currently contained "
+            "in them must be given"
+        )
+
+
+async def _activate(
+    volume: Volume, keyslot: int | None, new_password: bytes, iter_time: int, *, force: bool
+) -> None:
+    if keyslot is None:
+        keyslot = volume.free_slot()
+        if keyslot is None:
+            raise OptionError("Can't add a keyslot - all keyslots are in use")
+    elif volume.header.slots[keyslot].active and not force:
+        raise OptionError(f"Refusing to overwrite active keyslot {keyslot} - please erase it first")
+    await volume.set_slot(keyslot, new_password, iter_time)
+
+
+async def _erase_slot(volume: Volume, keyslot: int, old_password: bytes | None, *, force: bool) -> None:
+    if old_password is not None and keyslot not in await volume.slots_of(old_password):
+        raise OptionError(
+            f"Given keyslot {keyslot} doesn't contain the given (old) password / erase operation "
+            "would have no effect"
+        )
+    if not volume.header.slots[keyslot].active and not force:
+        raise OptionError(f"Given keyslot {keyslot} is already erased (inactive) ")
+    if _active(volume) == [keyslot] and not force:
+        raise OptionError(
+            f"Attempt to erase the only active keyslot {keyslot} which will erase all the data in the "
+            "image irreversibly - refusing operation"
+        )
+    await volume.erase_slot(keyslot)
+
+
+async def _erase_password(volume: Volume, old_password: bytes, *, force: bool) -> None:
+    matching = await volume.slots_of(old_password)
+    if not matching:
+        raise OptionError("No keyslots match given (old) password for erase operation")
+    if matching == _active(volume) and not force:
+        raise OptionError(
+            "All the active keyslots match the (old) password that was given and erasing them will "
+            "erase all the data in the image irreversibly - refusing operation"
+        )
+    for index in matching:
+        await volume.erase_slot(index)
+
+
+def _active(volume: Volume) -> list[int]:
+    return [index for index, slot in enumerate(volume.header.slots) if slot.active]

@@ -184,9 +184,7 @@ def _parse_format(family: str, mode_text: str, hash_name: str, length: int) -> F
             if algorithm.family == family and key_bytes(name, mode) == length:
                 break
         else:
-            raise ImageError(
-                f"LUKS header cipher name '{family}' with a key of {length} bytes is not supported"
-            )
+            raise ImageError(f"LUKS header cipher name '{family}' has no key of {length} bytes")
         format = Format(
             algorithm=name,
             mode=mode,
