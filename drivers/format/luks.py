@@ -15,8 +15,10 @@ from drivers.block.image import (
     Measurement,
     Progress,
 )
+from drivers.block.inline import read_now, write_now
 from drivers.block.limits import Limits
 from drivers.block.node import Node, OpenFlags, Preallocation
+from drivers.block.pace import Pace
 from drivers.block.permission import Permission
 from drivers.crypto.cipher import in_turns
 from drivers.crypto.luks import volume
@@ -86,6 +88,7 @@ class LuksNode(ImageNode):
         self._volume = unlocked
         self._cipher = unlocked.cipher
         self._objects = objects
+        self._pace = Pace()
         self._payload = payload_offset
 
     @classmethod
@@ -120,7 +123,8 @@ class LuksNode(ImageNode):
     async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
         # What a file that ends within a sector lacks of it reads as zeroes, before it is decrypted.
         present = min(len(buffer), self._child.size - self._payload - offset)
-        await self._child.read_into(self._payload + offset, buffer[:present])
+        if not read_now(self._child, self._payload + offset, buffer[:present]):
+            await self._child.read_into(self._payload + offset, buffer[:present])
         if present < len(buffer):
             buffer[present:] = bytes(len(buffer) - present)
         await in_turns(self._cipher.decrypt, offset // SECTOR, buffer)
@@ -132,7 +136,9 @@ class LuksNode(ImageNode):
         for start in range(0, len(data), _COPY_BYTES):
             copy = memoryview(bytearray(data[start : start + _COPY_BYTES]))
             await in_turns(self._cipher.encrypt, (offset + start) // SECTOR, copy)
-            await self._child.write(self._payload + offset + start, copy, fua=fua)
+            at = self._payload + offset + start
+            if fua or not write_now(self._child, at, copy, self._pace):
+                await self._child.write(at, copy, fua=fua)
 
     async def _flush(self) -> None:
         await self._child.flush()
