@@ -73,10 +73,7 @@ class ObjectStore:
         options = Options(properties, owner=f"Object '{name}'")
         made = object_type(type_name).create(self, options)
         if left := options.left():
-            head, nested, _ = left.partition(".")
-            raise OptionError(
-                f"Parameters '{head}.*' are unexpected" if nested else f"Parameter '{head}' is unexpected"
-            )
+            raise OptionError(f"Parameter '{left.partition('.')[0]}' is unexpected")
         if name in self._objects:
             raise OptionError(f"attempt to add duplicate property '{name}' to object (type 'container')")
         self._objects[name] = made
