@@ -109,8 +109,7 @@ async def _activate(
 async def _erase_slot(volume: Volume, keyslot: int, old_password: bytes | None, *, force: bool) -> None:
     if old_password is not None and keyslot not in await volume.slots_of(old_password):
         raise OptionError(
-            f"Given keyslot {keyslot} doesn't contain the given (old) password / erase operation "
-            "would have no effect"
+            f"Given keyslot {keyslot} doesn't contain the given old password for erase operation"
         )
     if not volume.header.slots[keyslot].active and not force:
         raise OptionError(f"Given keyslot {keyslot} is already erased (inactive) ")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ pytestmark = pytest.mark.peer("qemu-img", "qemu-io")
 SIZE = 256 << 10
 SECRETS = ("--object", "secret,id=s,data=abc", "--object", "secret,id=n,data=new")
 
+# QEMU dies of an assertion on keys of 24 bytes: their split material fills no whole sectors.
+DIES = [(f"{family}-192", mode) for family in ("aes", "serpent") for mode in ("cbc", "ctr", "ecb")]
 CIPHERS = [
     f"cipher-alg={algorithm},cipher-mode={mode}"
     for algorithm in (
@@ -35,11 +36,10 @@ CIPHERS = [
         *("twofish-128", "twofish-256", "cast5-128"),
     )
     for mode in ("xts", "cbc", "ctr", "ecb")
-    if (algorithm, mode) != ("cast5-128", "xts")
+    if (algorithm, mode) not in [("cast5-128", "xts"), *DIES]
 ]
-VARIANTS = [
-    *CIPHERS,
-    *(f"hash-alg={name}" for name in ("md5", "sha1", "sha224", "sha384", "sha512", "ripemd160")),
+HASHES = ("md5", "sha1", "sha224", "sha384", "sha512", "ripemd160")
+IV_GENERATORS = [
     "ivgen-alg=plain",
     "cipher-mode=cbc,ivgen-alg=plain",
     "cipher-mode=cbc,ivgen-alg=essiv",
@@ -52,6 +52,17 @@ VARIANTS = [
     "cipher-alg=twofish-256,cipher-mode=cbc,ivgen-alg=essiv",
     "cipher-alg=cast5-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=md5",
     "cipher-alg=cast5-128,cipher-mode=cbc,ivgen-alg=plain",
+]
+# Fewer, as each takes qemu-img more than two seconds.
+QEMU_S = [
+    "cipher-alg=aes-128",
+    "cipher-alg=aes-192,hash-alg=sha1",
+    "cipher-alg=serpent-256,cipher-mode=cbc,hash-alg=sha512",
+    "cipher-alg=twofish-128,cipher-mode=ctr,hash-alg=sha224",
+    "cipher-alg=cast5-128,cipher-mode=ecb,hash-alg=ripemd160",
+    "cipher-alg=cast5-128,cipher-mode=cbc,ivgen-alg=plain,hash-alg=md5",
+    "cipher-mode=cbc,ivgen-alg=essiv,hash-alg=sha384",
+    "cipher-alg=aes-128,cipher-mode=xts,ivgen-alg=essiv,ivgen-hash-alg=md5",
 ]
 
 
@@ -72,8 +83,7 @@ class Creation:
         self.filename = ""
 
     async def create_file(self, filename: str, *, size: int = 0) -> Node:
-        with open(filename, "wb") as file:
-            file.truncate(size)
+        Path(filename).write_bytes(bytes(size))
         return await self.graph.open({"driver": "file", "filename": filename})
 
     async def open_image(self, filename: str, image_format: str | None, *, read_only: bool = True) -> Node:
@@ -112,10 +122,14 @@ def qemu_create(path: Path, text: str, size: int = SIZE) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("text", VARIANTS)
+@pytest.mark.parametrize("text", QEMU_S)
 async def test_qemu_s_images_are_read_and_written(tmp_path: Path, text: str) -> None:
     path, plain = tmp_path / "disk.luks", tmp_path / "plain"
     qemu_create(path, f"iter-time=20,{text}")
+    header = parse(path.read_bytes()[:HEADER_BYTES])
+    wanted = take_encryption(Options(parse_keyval(text), owner=""))
+    assert header.format == wanted.format
+    assert header.payload_offset == header_area(wanted.format)
     content = bytearray(os.urandom(SIZE))
     plain.write_bytes(content)
     run("qemu-img", "convert", "-n", "-f", "raw", *SECRETS, "--target-image-opts", plain, image(path)[-1])
@@ -132,9 +146,9 @@ async def test_qemu_s_images_are_read_and_written(tmp_path: Path, text: str) -> 
     assert plain.read_bytes() == content
 
 
-@pytest.mark.parametrize("text", VARIANTS)
+@pytest.mark.parametrize("text", [*CIPHERS, *(f"hash-alg={name}" for name in HASHES), *IV_GENERATORS])
 async def test_our_images_are_read_by_qemu_and_described_like_its_own(tmp_path: Path, text: str) -> None:
-    path, plain, theirs = tmp_path / "disk.luks", tmp_path / "plain", tmp_path / "theirs.luks"
+    path, plain = tmp_path / "disk.luks", tmp_path / "plain"
     await create(path, f"key-secret=s,iter-time=10,{text}")
     content = os.urandom(SIZE)
     node = await opened(path)
@@ -145,12 +159,6 @@ async def test_our_images_are_read_by_qemu_and_described_like_its_own(tmp_path: 
     assert plain.read_bytes() == content
     told = json.loads(run("qemu-img", "info", "--output=json", "-f", "luks", path))
     assert (info.encrypted, info.specific) == (True, told["format-specific"]["data"])
-    qemu_create(theirs, f"iter-time=10,{text}")
-    mine, other = (parse(file.read_bytes()[:HEADER_BYTES]) for file in (path, theirs))
-    assert mine.format == other.format
-    assert mine.payload_offset == other.payload_offset
-    assert [slot.offset for slot in mine.slots] == [slot.offset for slot in other.slots]
-    assert path.stat().st_size == theirs.stat().st_size
 
 
 # --- what is refused, in whose words ------------------------------------------------------------
@@ -213,17 +221,21 @@ async def test_what_is_no_luks_image_is_refused(tmp_path: Path) -> None:
         await opened(path, "bytes")
 
 
-@pytest.mark.parametrize(
-    "text", ["cipher-alg=aes-128", "cipher-mode=cbc,preallocation=full", "iter-time=5000"]
-)
-@pytest.mark.parametrize("size", ["1000", "1M", "5G"])
-async def test_measuring(text: str, size: str) -> None:
-    found = await LuksNode.measure(
-        Options({**parse_keyval(f"key-secret=s,{text}"), "size": size}, owner=""), None
-    )
-    command = ("qemu-img", "measure", "-O", "luks", *SECRETS, "--output=json")
+@pytest.mark.parametrize("text", ["cipher-alg=aes-128", "cipher-mode=cbc,preallocation=falloc"])
+@pytest.mark.parametrize("size", [1000, MiB])
+async def test_what_is_measured_is_what_is_made(tmp_path: Path, text: str, size: int) -> None:
+    path = tmp_path / "disk.luks"
+    text = f"key-secret=s,iter-time=10,{text}"
+    found = await LuksNode.measure(Options({**parse_keyval(text), "size": size}, owner=""), None)
+    await create(path, text, size)
+    assert found == (path.stat().st_size, path.stat().st_size, None)
+
+
+async def test_qemu_img_measures_the_same() -> None:
+    found = await LuksNode.measure(Options({"key-secret": "s", "size": "5G"}, owner=""), None)
+    command = ("qemu-img", "measure", "-O", "luks", *SECRETS, "--output=json", "-o", "key-secret=s")
     for _ in range(20):
-        told = attempt(*command, "-o", f"key-secret=s,{text}", "--size", size)
+        told = attempt(*command, "--size", "5G")
         if told.returncode == 0:
             break
     assert json.loads(told.stdout) == {"required": found.required, "fully-allocated": found.fully_allocated}
@@ -324,11 +336,11 @@ async def test_cryptsetup_makes_what_we_read_and_checks_what_we_make(tmp_path: P
     await create(path, "key-secret=s,iter-time=10,hash-alg=sha512")
     dump = run("cryptsetup", "luksDump", "--dump-master-key", *unlock, path)
     assert "xts-plain64" in dump and "MK dump" in dump
-    wrong = subprocess.run(
-        ["cryptsetup", "luksDump", "--dump-master-key", "--batch-mode", "--key-file", "-", path],
-        input=b"wrong", capture_output=True, check=False,
-    )  # fmt: skip
-    assert wrong.returncode == 2
+    await create(path, "key-secret=s,iter-time=10,cipher-alg=aes-192,cipher-mode=cbc")
+    dump = run("cryptsetup", "luksDump", "--dump-master-key", *unlock, path)
+    assert dump.count("MK bits:       \t192") == 1
+    key_file.write_text("wrong")
+    assert attempt("cryptsetup", "luksDump", "--dump-master-key", *unlock, path).returncode == 2
 
 
 # --- served -------------------------------------------------------------------------------------
