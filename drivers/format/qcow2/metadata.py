@@ -124,9 +124,16 @@ class Metadata:
             if item.number >= oldest:
                 waiting.append(item)
                 continue
-            free = await self.refcounts.add(item.offset >> bits, item.clusters, -1)
-            for first, count in _neighbours(free):
-                await self.discard_host(first << bits, count << bits, item.why)
+            first = item.offset >> bits
+            last_reference = [
+                cluster
+                for cluster in range(first, first + item.clusters)
+                if await self.refcounts.get(cluster) == 1
+            ]
+            # Before they are free: afterwards they may be somebody else's at once.
+            for start, count in _neighbours(last_reference):
+                await self.discard_host(start << bits, count << bits, item.why)
+            await self.refcounts.add(first, item.clusters, -1)
         self._freed[:0] = waiting
 
     async def mark_dirty(self) -> None:
