@@ -9,10 +9,10 @@ import trio
 
 from drivers.block.graph import Graph
 from drivers.block.node import Node, OpenFlags
+from drivers.block.opening import image_tree, open_options
 from drivers.errors import Error, OptionError
 from drivers.filter.pad import SECTOR, PadNode
 from drivers.filter.temporary import TemporaryOverlay
-from drivers.opening import image_tree, open_options
 from drivers.options.image import complete_options, set_file_default
 from drivers.options.schema import Tree
 from nbdserve.settings import ExportSettings

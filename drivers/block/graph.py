@@ -70,6 +70,11 @@ class OpenContext:
         self.children.append(node)
         return node
 
+    def adopt(self, node: Node) -> None:
+        """`node` was opened for this one: it goes if the opening fails."""
+        self.opened.append(node)
+        self.children.append(node)
+
     async def abandon(self, node: Node | None) -> None:
         """Undo what an open() that failed has done; `node` is what it made, if it came so far."""
         if node is not None:
@@ -85,10 +90,15 @@ class OpenContext:
 
 
 class Graph:
-    """The open nodes of one program, by name. Nothing is shared between two graphs."""
+    """The open nodes of one program, by name. Nothing is shared between two graphs.
 
-    def __init__(self, catalog: DriverCatalog) -> None:
+    `untrusted`: what an image itself names (a backing file, a data file) is not opened; only what
+    the user named is.
+    """
+
+    def __init__(self, catalog: DriverCatalog, *, untrusted: bool = False) -> None:
         self.catalog = catalog
+        self.untrusted = untrusted
         self.nodes: dict[str, Node] = {}
         self._numbers = itertools.count()
 

@@ -9,11 +9,13 @@ import trio
 
 
 class Request:
-    """`offset` to `end` of a node are in use. Compared by identity."""
+    """`offset` to `end` of a node are in use. Compared by identity. Those of a node are numbered
+    in the order in which they began."""
 
-    __slots__ = ("done", "end", "offset", "serialising")
+    __slots__ = ("done", "end", "number", "offset", "serialising")
 
     def __init__(self, offset: int, end: int, serialising: bool) -> None:
+        self.number = 0
         self.offset = offset
         self.end = end
         self.serialising = serialising
@@ -32,6 +34,7 @@ class RequestTracker:
         self._active: set[Request] = set()
         self._resume: trio.Event | None = None
         self._quiesced = 0
+        self._newest = 0
         self.guarded = 0
 
     def _conflict(self, request: Request) -> Request | None:
@@ -60,15 +63,30 @@ class RequestTracker:
             if other.done is None:
                 other.done = trio.Event()
             await other.done.wait()
-        self._active.add(request)
+        self._add(request)
         self.guarded += serialising
         return request
+
+    def _add(self, request: Request) -> None:
+        self._newest += 1
+        request.number = self._newest
+        self._active.add(request)
+
+    @property
+    def newest(self) -> int:
+        """The number of the request that began last."""
+        return self._newest
+
+    @property
+    def oldest_active(self) -> int:
+        """No request with a smaller number is in flight."""
+        return min((request.number for request in self._active), default=self._newest + 1)
 
     def hold(self, offset: int, length: int) -> Request:
         """Register a request that the fast path was just allowed to make and that will span an
         await, as a send that found the socket full. Never waits."""
         request = Request(offset, offset + length, serialising=False)
-        self._active.add(request)
+        self._add(request)
         return request
 
     def finish(self, request: Request) -> None:

@@ -13,9 +13,9 @@ import pytest
 from drivers.block.extents import ExtentFlags
 from drivers.block.graph import Graph
 from drivers.block.node import Node, OpenFlags, Preallocation
+from drivers.block.opening import open_image
 from drivers.catalog import Catalog
 from drivers.errors import OptionError, RequestError
-from drivers.opening import open_image
 from drivers.testing.contract import NodeContract, pattern
 from drivers.testing.model import contents
 

@@ -10,9 +10,9 @@ import trio
 
 from drivers.block.graph import Graph
 from drivers.block.node import OpenFlags
+from drivers.block.opening import open_image, open_options
 from drivers.catalog import Catalog
 from drivers.errors import OptionError, RequestError
-from drivers.opening import open_image, open_options
 
 
 @pytest.fixture
