@@ -73,7 +73,10 @@ SUBCLUSTERS = [
 ENCRYPTED = f"--object secret,id=sec0,data='{SECRET}'"
 OPENED = "--image-opts driver=qcow2,encrypt.key-secret=sec0,file.filename=disk.qcow2"
 # What is encrypted does not compress: little is written.
-LUKS = "encrypt.format=luks,encrypt.key-secret=sec0,encrypt.iter-time=10,encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=plain64"
+LUKS = (
+    "encrypt.format=luks,encrypt.key-secret=sec0,encrypt.iter-time=10,"
+    "encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=plain64"
+)
 
 
 def encrypted(options: str) -> list[str]:
@@ -168,7 +171,10 @@ IMAGES: dict[str, list[str]] = {
         create("cluster_size=4k", "400k", extra="-b base.qcow2 -F qcow2"),
         io("write -P 50 12k 4k", "write -P 51 198k 4k"),
     ],
-    "data-file": [create("data_file=disk.data", "512k"), io("write -P 1 0 64k", "write -P 2 200k 1k", "write -z 256k 64k")],
+    "data-file": [
+        create("data_file=disk.data", "512k"),
+        io("write -P 1 0 64k", "write -P 2 200k 1k", "write -z 256k 64k"),
+    ],
     "data-file-raw": [
         create("data_file=disk.data,data_file_raw=on", "512k"),
         io("write -P 1 0 64k", "write -P 2 200k 1k", "write -z 256k 64k"),
@@ -255,7 +261,7 @@ def shell(command: str, directory: Path) -> str:
 def opened(name: str) -> str:
     """How qemu-img is told to open the image."""
     if not name.startswith("encrypted"):
-        return f"-f qcow2 disk.qcow2"
+        return "-f qcow2 disk.qcow2"
     return f"{ENCRYPTED} {OPENED}"
 
 
