@@ -56,9 +56,11 @@ def create(path: Path, size: int, options: str = "", *, backing: tuple[Path, str
     return path
 
 
-def qemu_io(path: Path, *commands: str, encrypted: bool = False) -> None:
+def qemu_io(path: Path, *commands: str, encrypted: bool = False, may_fail: bool = False) -> None:
+    """`may_fail`: compressed data cannot be laid over what is there, for example."""
     words = [word for command in commands for word in ("-c", command)]
-    run("qemu-io", *words, *_image(path, encrypted))
+    done = attempt("qemu-io", *words, *_image(path, encrypted))
+    assert may_fail or done.returncode == 0, f"{commands}\n{done.stdout}{done.stderr}"
 
 
 def _image(path: Path, encrypted: bool) -> list[str]:
