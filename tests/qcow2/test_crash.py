@@ -22,7 +22,7 @@ from drivers.testing.powercut import PowerCutNode
 from tests.interop.programs import Server, Servers
 from tests.interop.test_fio import fio
 from tests.qcow2.history import History
-from tests.qcow2.images import check, create, opened, opened_over, raw_content
+from tests.qcow2.qemu import check, create, opened, opened_over, raw_content
 
 pytestmark = pytest.mark.peer("qemu-img")
 

@@ -14,7 +14,7 @@ from drivers.errors import Error
 from drivers.testing.faulty import FaultyNode
 from drivers.testing.memory import MemoryNode
 from drivers.testing.model import contents
-from tests.qcow2.images import check, create, opened_over, qemu_io, raw_content, run
+from tests.qcow2.qemu import check, create, opened_over, qemu_io, raw_content, run
 
 pytestmark = pytest.mark.peer("qemu-img", "qemu-io")
 

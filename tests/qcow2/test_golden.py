@@ -10,7 +10,7 @@ import pytest
 from drivers.block.node import OpenFlags
 from drivers.testing.model import check_plain, contents
 from tests.golden.unpack import Golden, golden
-from tests.qcow2.images import (
+from tests.qcow2.qemu import (
     check,
     comparable,
     map_of,

@@ -17,7 +17,7 @@ from drivers.errors import ImageError, OptionError
 from drivers.testing.memory import MemoryNode
 from drivers.testing.model import contents
 from tests.golden.unpack import golden
-from tests.qcow2.images import create, opened, opened_over, qemu_io, run
+from tests.qcow2.qemu import create, opened, opened_over, qemu_io, run
 
 READ_ONLY = OpenFlags(read_only=True)
 SIZE = 1 << 20

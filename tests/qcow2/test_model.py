@@ -18,8 +18,8 @@ from drivers.block.image import ImageNode
 from drivers.block.node import OpenFlags
 from drivers.testing.imagemodel import BITMAP_KINDS, SNAPSHOT_KINDS, ImageModel
 from drivers.testing.model import BASIC_KINDS, Operation, contents, operations
-from tests.qcow2 import images
-from tests.qcow2.images import SECRET, check, create, map_of, opened, qemu_io, qemu_map, raw_content, run
+from tests.qcow2 import qemu
+from tests.qcow2.qemu import SECRET, check, create, map_of, opened, qemu_io, qemu_map, raw_content, run
 
 pytestmark = pytest.mark.peer("qemu-img", "qemu-io")
 
@@ -107,7 +107,7 @@ class Template:
         tree = {"driver": "qcow2", "file": {"driver": "file", "filename": str(self.path)}}
         if self.encrypted:
             tree["encrypt"] = {"key-secret": "sec0"}
-        graph = images.graph_with_secret(SECRET if self.encrypted else None)
+        graph = qemu.graph_with_secret(SECRET if self.encrypted else None)
         node = await graph.open(tree, OpenFlags(discard=True))
         assert isinstance(node, ImageNode)
         return node
@@ -263,7 +263,7 @@ def create_options(choice: Combination, directory: Path) -> str:
 
 def commands(choice: Combination, chance: random.Random) -> Iterator[str]:
     """What a guest and its management may do, at places where something ends."""
-    cluster = images.cluster_size(f"cluster_size={choice['cluster_size']}")
+    cluster = qemu.cluster_size(f"cluster_size={choice['cluster_size']}")
     for _ in range(chance.randrange(3, 9)):
         offset = chance.choice((0, cluster, SIZE // 2, chance.randrange(SIZE))) & ~511
         offset = min(offset, SIZE - 512)
