@@ -9,8 +9,11 @@ case that repeats it; with any the exit status is 1.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import traceback
+
+import structlog
 
 from tests.fuzz.exercise import Watch, run_case, where
 from tests.fuzz.mutate import Case, Format
@@ -47,6 +50,8 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--trace", action="store_true", help="with the traceback of each kind")
     given = parser.parse_args()
+    # Complaints about the images are what is to be expected.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     failures = fuzz(FORMATS[given.format], given.seed, given.first, given.count, trace=given.trace)
     print(f"{given.count} images, {len(failures)} kinds of failure")
     return 1 if failures else 0

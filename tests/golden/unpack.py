@@ -32,9 +32,20 @@ class Golden:
         """Lay the files into the directory `where`; the path of the image itself."""
         for file in self.files:
             packed = (self.directory / f"{self.name}.{file}.gz").read_bytes()
-            (where / file).write_bytes(gzip.decompress(packed))
+            _write_sparsely(where / file, gzip.decompress(packed))
         [image] = [file for file in self.files if file.startswith("disk.") and not file.endswith(".data")]
         return where / image
+
+
+def _write_sparsely(path: Path, data: bytes) -> None:
+    """Where there were holes are holes again: a map tells them."""
+    with path.open("wb") as file:
+        file.truncate(len(data))
+        for start in range(0, len(data), 4096):
+            block = data[start : start + 4096]
+            if any(block):
+                file.seek(start)
+                file.write(block)
 
 
 @cache

@@ -35,7 +35,9 @@ def run(*command: object) -> str:
 
 def attempt(*command: object) -> subprocess.CompletedProcess[str]:
     words = [str(word) for word in command]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    # QEMU takes the name of a data file from where it runs, unlike that of a backing file.
+    where = next((Path(word).parent for word in reversed(words) if word.startswith("/")), None)
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120, cwd=where)
 
 
 def create(path: Path, size: int, options: str = "", *, backing: tuple[Path, str] | None = None) -> Path:
@@ -100,12 +102,25 @@ def comparable(rows: Iterator[Row] | list[Row]) -> list[Row]:
     bytes would lie that are not there, and what was not joined."""
     out: list[Row] = []
     for start, length, depth, present, zero, data, offset in rows:
+        if not length:
+            continue
         row = (start, length, depth if present else None, present, zero, data, offset if present else None)
         if out and _continues(out[-1], row):
             out[-1] = (out[-1][0], out[-1][1] + length, *out[-1][2:])
         else:
             out.append(row)
     return out
+
+
+def without_holes(rows: list[Row]) -> list[Row]:
+    """A map without what depends on how the host file was written: qemu looks for its holes, and
+    calls them zeroes, where it finds fewer bytes there than are in use."""
+    return comparable(
+        [
+            (start, length, depth, present, zero and not data, data, offset if data else None)
+            for start, length, depth, present, zero, data, offset in rows
+        ]
+    )
 
 
 def _continues(first: Row, second: Row) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import subprocess
@@ -137,20 +138,22 @@ async def test_a_table_that_leads_astray_costs_a_request_at_most(
     image: Image, offset: int, entry: int
 ) -> None:
     number(offset, 8, entry)(image)
-    async with opened_over(MemoryNode(image, name="disk"), OpenFlags(discard=True)) as node:
-        for call in (
-            lambda: node.read_into(0, bytearray(SIZE)),
-            lambda: node.block_status(0, SIZE),
-            lambda: node.write(0, b"x" * 512),
-            lambda: node.write(300 << 10, b"x" * 70000),
-            lambda: node.discard(0, SIZE),
-            node.flush,
-        ):
-            try:
-                await call()
-            except OSError as error:
-                assert str(error)
-    assert image[:72][:4] == b"QFI\xfb"
+    header = bytes(image[:72])
+    with contextlib.suppress(OSError):  # a close may have to tell that something could not be written
+        async with opened_over(MemoryNode(image, name="disk"), OpenFlags(discard=True)) as node:
+            for call in (
+                lambda: node.read_into(0, bytearray(SIZE)),
+                lambda: node.block_status(0, SIZE),
+                lambda: node.write(0, b"x" * 512),
+                lambda: node.write(300 << 10, b"x" * 70000),
+                lambda: node.discard(0, SIZE),
+                node.flush,
+            ):
+                try:
+                    await call()
+                except OSError as error:
+                    assert str(error)
+    assert image[:72] == header
 
 
 def l2(image: Image) -> int:
