@@ -40,9 +40,10 @@ class Unmapper:
         image = self._image
         image.check_writable()
         await image.metadata.mark_dirty()
-        if image.header.raw_data_file:
-            await image.data.write_zeroes(offset, length, may_unmap=may_unmap)
         end = offset + length
+        if image.header.raw_data_file:
+            image.data.grow(end)
+            await image.data.write_zeroes(offset, length, may_unmap=may_unmap)
         unit = (1 << self._mapping.sub_bits) - 1
         if not self._v3 and image.backing is not None:
             # Version 2 has no zero clusters that would hide the backing file.
