@@ -244,9 +244,11 @@ async def test_qemu_img_measures_the_same() -> None:
 async def test_an_image_that_ends_within_a_sector(tmp_path: Path) -> None:
     path = tmp_path / "disk.luks"
     qemu_create(path, "iter-time=10", 1000)
+    run("qemu-img", "convert", "-O", "raw", *image(path), tmp_path / "plain")
     node = await opened(path)
     assert node.size == 1024
-    await node.write(600, b"x" * 300)
+    assert await contents(node) == (tmp_path / "plain").read_bytes()
+    await node.write(600, b"x" * 300, fua=True)
     await node.aclose()
     run("qemu-io", *image(path), "-c", "read -P 120 600 300")
     await create(path, "key-secret=s,iter-time=10", 1000)
