@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
 from dataclasses import replace
 
+from drivers.block.area import NodeArea
 from drivers.block.graph import OpenContext
 from drivers.block.image import (
     CreateContext,
@@ -22,33 +22,15 @@ from drivers.block.pace import Pace
 from drivers.block.permission import Permission
 from drivers.crypto.cipher import in_turns
 from drivers.crypto.luks import volume
-from drivers.crypto.luks.layout import SECTOR, STRIPES, Header, header_area
+from drivers.crypto.luks.layout import SECTOR, header_area
 from drivers.crypto.luks.volume import Volume, unlock
 from drivers.errors import OptionError, RequestError
-from drivers.objects.encryption import amend_slots, required_password, take_encryption, take_password
+from drivers.objects.encryption import amend_slots, describe, password_of, take_encryption
 from drivers.objects.store import ObjectStore
-from drivers.options.schema import Options, Value
+from drivers.options.schema import Options
 
 # What is written is encrypted in a copy, of so many bytes at a time.
 _COPY_BYTES = 1 << 20
-
-
-class NodeArea:
-    """Header and key slots in a node, from its beginning on."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-
-    async def read(self, offset: int, length: int, /) -> bytes:
-        data = bytearray(max(0, min(length, self._node.size - offset)))
-        await self._node.read_into(offset, data)
-        return bytes(data)
-
-    async def write(self, offset: int, data: bytes, /) -> None:
-        await self._node.write(offset, data)
-
-    async def flush(self) -> None:
-        await self._node.flush()
 
 
 class LuksNode(ImageNode):
@@ -96,7 +78,7 @@ class LuksNode(ImageNode):
         child = await context.child(options)
         header_child = await context.child(options, "header") if "header" in options else None
         objects = context.graph.objects
-        password = take_password(options, objects)
+        password = password_of(options.string("key-secret", None), objects)
         flags = context.flags
         if child.flags.read_only and flags.auto_read_only:
             flags = replace(flags, read_only=True)
@@ -164,7 +146,7 @@ class LuksNode(ImageNode):
         size = options.size("size")
         preallocation = options.choice("preallocation", ("off", "falloc", "full"), "off")
         wanted = take_encryption(options)
-        password = required_password(wanted.key_secret, context.graph.objects)
+        password = password_of(wanted.key_secret, context.graph.objects)
         file = await context.create_file(context.filename)
         await file.truncate(header_area(wanted.format) + size, preallocation=Preallocation(preallocation))
         await volume.create(NodeArea(file), wanted.format, password, iter_time=wanted.iter_time)
@@ -185,28 +167,3 @@ class LuksNode(ImageNode):
     async def amend(self, options: Options, /, *, progress: Progress | None = None) -> None:
         """ "force" among the options allows what makes the image unreadable for ever."""
         await amend_slots(self._volume, options, self._objects, force=options.boolean("force", False))
-
-
-def describe(header: Header) -> Mapping[str, Value]:
-    """What `info` tells of a LUKS volume, here or inside a qcow2 image."""
-    format = header.format
-    slots: list[Value] = []
-    for slot in header.slots:
-        found: dict[str, Value] = {"active": slot.active}
-        if slot.active:
-            found["iters"] = slot.iterations
-        found["key-offset"] = slot.offset
-        if slot.active:
-            found["stripes"] = STRIPES
-        slots.append(found)
-    return {
-        "ivgen-alg": format.iv_generator,
-        "hash-alg": format.hash_name,
-        "cipher-alg": format.algorithm,
-        "uuid": header.uuid,
-        **({"ivgen-hash-alg": format.iv_hash} if format.iv_generator == "essiv" else {}),
-        "cipher-mode": format.mode,
-        "slots": slots,
-        "payload-offset": header.payload_offset,
-        "master-key-iters": header.digest_iterations,
-    }

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from drivers.crypto.cipher import ALGORITHMS, IV_GENERATORS
 from drivers.crypto.gcrypt import MODES
 from drivers.crypto.hashes import DIGEST_BYTES
-from drivers.crypto.luks.layout import SLOTS, Format
+from drivers.crypto.luks.layout import SLOTS, STRIPES, Format, Header
 from drivers.crypto.luks.volume import DEFAULT_ITER_TIME, Volume
 from drivers.errors import OptionError
 from drivers.objects.secret import password
 from drivers.objects.store import ObjectStore
-from drivers.options.schema import Options
+from drivers.options.schema import Options, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,19 +21,16 @@ class NewEncryption:
     """How a new LUKS volume is to be. `key_secret` names the secret with its password; `iter_time`
     is in milliseconds."""
 
-    format: Format
     key_secret: str | None
-    iter_time: int
+    format: Format = field(default_factory=Format)
+    iter_time: int = DEFAULT_ITER_TIME
 
 
-def take_password(options: Options, objects: ObjectStore) -> bytes:
-    """The password that the option `key-secret` names. Raises OptionError."""
-    return required_password(options.string("key-secret", None), objects)
-
-
-def required_password(key_secret: str | None, objects: ObjectStore) -> bytes:
+def password_of(key_secret: str | None, objects: ObjectStore, *, prefix: str = "") -> bytes:
+    """The password that the option `key-secret` names; `prefix` is what the user writes before that.
+    Raises OptionError."""
     if not key_secret:
-        raise OptionError("Parameter 'key-secret' is required for cipher")
+        raise OptionError(f"Parameter '{prefix}key-secret' is required for cipher")
     return password(objects, key_secret)
 
 
@@ -62,6 +59,31 @@ def _choice(options: Options, key: str, values: Iterable[str], default: str | No
     if value not in values:
         raise OptionError(f"Parameter '{key}' does not accept value '{value}'")
     return value
+
+
+def describe(header: Header) -> Mapping[str, Value]:
+    """What `info` tells of a LUKS volume, here or inside a qcow2 image."""
+    format = header.format
+    slots: list[Value] = []
+    for slot in header.slots:
+        found: dict[str, Value] = {"active": slot.active}
+        if slot.active:
+            found["iters"] = slot.iterations
+        found["key-offset"] = slot.offset
+        if slot.active:
+            found["stripes"] = STRIPES
+        slots.append(found)
+    return {
+        "ivgen-alg": format.iv_generator,
+        "hash-alg": format.hash_name,
+        "cipher-alg": format.algorithm,
+        "uuid": header.uuid,
+        **({"ivgen-hash-alg": format.iv_hash} if format.iv_generator == "essiv" else {}),
+        "cipher-mode": format.mode,
+        "slots": slots,
+        "payload-offset": header.payload_offset,
+        "master-key-iters": header.digest_iterations,
+    }
 
 
 async def amend_slots(volume: Volume, options: Options, objects: ObjectStore, *, force: bool = False) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from drivers.block.area import NodeArea
 from drivers.block.graph import Graph
 from drivers.block.node import Node, OpenFlags
 from drivers.catalog import Catalog
 from drivers.crypto.cipher import in_turns
 from drivers.crypto.luks.layout import Format, header_area
 from drivers.crypto.luks.volume import create
-from drivers.format.luks import NodeArea
 from drivers.objects.store import ObjectStore
 from drivers.testing.contract import NodeContract
 from drivers.testing.memory import MemoryNode

@@ -14,6 +14,7 @@ from drivers.block.limits import Limits
 from drivers.block.node import Node, OpenFlags, Preallocation
 from drivers.block.permission import ALL, Permission
 from drivers.errors import ImageError, RequestError
+from drivers.format.qcow2.encryption import unlock
 from drivers.format.qcow2.header import CryptMethod, Incompatible
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.imagefile import ImageFile
@@ -73,6 +74,8 @@ class Qcow2Node(ImageNode):
         data = await open_data_file(context, options, header)
         backing = await open_backing(context, options, header)
         image = Image(file, data or file_node, settings, l1=l1, refcount_table=refcount_table)
+        image.crypt, image.volume = await unlock(file_node, header, options, context.graph.objects)
+        image.crypt_by_guest = header.crypt_method == CryptMethod.AES
         node = cls(image, flags=flags, name=context.name)
         await node.use("file", file_node)
         if data is not None:
