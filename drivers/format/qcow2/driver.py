@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import structlog
@@ -21,6 +23,7 @@ from drivers.format.qcow2.opening import open_backing, open_data_file, read_head
 from drivers.format.qcow2.options import take_options
 from drivers.format.qcow2.reading import Reader
 from drivers.format.qcow2.resizing import resize
+from drivers.format.qcow2.snapshots import Qcow2Snapshots, read_snapshots
 from drivers.format.qcow2.unmapping import Unmapper
 from drivers.format.qcow2.writing import Writer
 from drivers.options.schema import Options
@@ -70,10 +73,13 @@ class Qcow2Node(ImageNode):
             on_corruption=lambda reason: log.error("qcow2", image=context.name, problem=reason),
         )
         l1, refcount_table = await read_tables(file)
+        snapshots = await read_snapshots(file)
         data = await open_data_file(context, options, header)
         backing = await open_backing(context, options, header)
         image = Image(file, data or file_node, settings, l1=l1, refcount_table=refcount_table)
         node = cls(image, flags=flags, name=context.name)
+        node.snapshots = Qcow2Snapshots(node, image, *snapshots)
+        await node.snapshots.claim_all()
         await node.use("file", file_node)
         if data is not None:
             await node.use("data-file", data)
@@ -140,6 +146,25 @@ class Qcow2Node(ImageNode):
         image = self.image
         if not self.flags.read_only and not image.file.corrupt:
             await image.metadata.finish()
+
+    # --- snapshots --------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Inside, no request is in flight, and the image stays open."""
+        async with self._reshaping, self.requests.quiesced():
+            self._check_alive()
+            yield
+
+    def check_resizable(self) -> None:
+        """Raises RequestError where something speaks against another size."""
+
+    def became(self, size: int) -> None:
+        """The disk is another one now, of `size` bytes."""
+        self.size = size
+        for bitmap in self.bitmaps.values():
+            bitmap.resize(size)
+        self._mark(0, size)
 
     # --- image tools ------------------------------------------------------------------------
 

@@ -45,7 +45,10 @@ class Metadata:
         # Refcounts are written at the close only; the dirty bit tells that they may be wrong.
         self.lazy = lazy
         self._dirty_marked = False
+        # Awaited before the first write of anything; None once that is done, or if there is nothing.
+        self.before_writing: Callable[[], Awaitable[None]] | None = None
         self._lock = trio.Lock()
+        self._preparing = trio.Lock()
         self._freed: list[Freed] = []
         self._requests = RequestTracker()
 
@@ -79,15 +82,16 @@ class Metadata:
         """Write all metadata that is ahead of the file."""
         await self._commit(durable=False)
 
-    async def flush(self) -> None:
-        """Every request that was answered is durable, with its metadata."""
-        await self._commit(durable=True)
+    async def flush(self, *, refcounts: bool = False) -> None:
+        """Every request that was answered is durable, with its metadata; `refcounts`: with the
+        refcounts even where they are lazy."""
+        await self._commit(durable=True, refcounts=refcounts)
 
-    async def _commit(self, *, durable: bool) -> None:
+    async def _commit(self, *, durable: bool, refcounts: bool = False) -> None:
         with trio.CancelScope(shield=True):
             async with self._lock:
                 freed, self._freed = self._freed, []
-                blocks: list[Block] = [] if self.lazy else self.refcounts.take_dirty()
+                blocks: list[Block] = [] if self.lazy and not refcounts else self.refcounts.take_dirty()
                 new, old = self.mapping.take_dirty()
                 failed = True
                 try:
@@ -126,11 +130,18 @@ class Metadata:
                 continue
             free = await self.refcounts.add(item.offset >> bits, item.clusters, -1)
             for first, count in _neighbours(free):
+                self.file.release(first << bits, count << bits)
                 await self.discard_host(first << bits, count << bits, item.why)
         self._freed[:0] = waiting
 
     async def mark_dirty(self) -> None:
-        """Before the first write with lazy refcounts: refcounts on disk are stale from now on."""
+        """Before the first write: what the file has to tell is told. With lazy refcounts those on
+        disk are stale from now on."""
+        if self.before_writing is not None:
+            async with self._preparing:
+                if self.before_writing is not None:
+                    await self.before_writing()
+                    self.before_writing = None
         if self.lazy and not self._dirty_marked:
             async with self._lock:
                 if not self._dirty_marked:
@@ -142,7 +153,7 @@ class Metadata:
     @property
     def writable_now(self) -> bool:
         """Whether nothing has to be told to the file before a write."""
-        return self._dirty_marked or not self.lazy
+        return self.before_writing is None and (self._dirty_marked or not self.lazy)
 
     async def finish(self) -> None:
         """Write all, the refcounts too. No request is in flight."""

@@ -191,6 +191,11 @@ class Refcounts:
         block = await self._block(cluster >> self.block_bits)
         return 0 if block is None else block.counts[cluster & self._block_mask]
 
+    async def counts(self, index: int) -> Counts | None:
+        """The counts of the block with that index. Good until the next await."""
+        block = await self._block(index)
+        return None if block is None else block.counts
+
     async def add(self, cluster: int, count: int, delta: int) -> list[int]:
         """Change the counts of `count` clusters by `delta`; the clusters that are free now. All or,
         with RequestError, none."""
