@@ -128,10 +128,17 @@ class Metadata:
             if item.number >= oldest:
                 waiting.append(item)
                 continue
-            free = await self.refcounts.add(item.offset >> bits, item.clusters, -1)
-            for first, count in _neighbours(free):
-                self.file.release(first << bits, count << bits)
-                await self.discard_host(first << bits, count << bits, item.why)
+            first = item.offset >> bits
+            last_reference = [
+                cluster
+                for cluster in range(first, first + item.clusters)
+                if await self.refcounts.get(cluster) == 1
+            ]
+            # Before they are free: afterwards they may be somebody else's at once.
+            for start, count in _neighbours(last_reference):
+                self.file.release(start << bits, count << bits)
+                await self.discard_host(start << bits, count << bits, item.why)
+            await self.refcounts.add(first, item.clusters, -1)
         self._freed[:0] = waiting
 
     async def mark_dirty(self) -> None:

@@ -117,7 +117,8 @@ class Refcounts:
         self._lock = trio.Lock()
         # Where the search for free clusters goes on.
         self._cursor = 0
-        # Clusters that are known to be free, in the order in which they are handed out.
+        # Clusters that are known to be free, in the order in which they are handed out. Before the
+        # cursor there is none but these.
         self._window, self._window_end = 0, 0
         # From here on the file was never written: it reads as zeroes.
         self.virgin = -(-file.node.size // file.cluster_size)
@@ -217,7 +218,11 @@ class Refcounts:
                 block.counts[index & self._block_mask] -= delta
             raise
         if freed:
+            # The lowest free clusters are used first, so that the file stays small.
+            if self._window < self._window_end:
+                self._cursor = min(self._cursor, self._window)
             self._cursor = min(self._cursor, freed[0])
+            self._window = self._window_end = self._cursor
             if self.open_cluster in freed:
                 self.open_cluster = None
         return freed
