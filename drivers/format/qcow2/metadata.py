@@ -21,7 +21,7 @@ from drivers.block.requests import RequestTracker
 from drivers.format.qcow2.header import Compatible, Incompatible
 from drivers.format.qcow2.imagefile import ImageFile
 from drivers.format.qcow2.mapping import Mapping
-from drivers.format.qcow2.refcounts import Block, Refcounts, pack_counts
+from drivers.format.qcow2.refcounts import Block, Refcounts, neighbours, pack_counts
 
 # So many dropped references wait at most before they are dealt with.
 MAX_FREED = 4096
@@ -135,7 +135,7 @@ class Metadata:
                 if await self.refcounts.get(cluster) == 1
             ]
             # Before they are free: afterwards they may be somebody else's at once.
-            for start, count in _neighbours(last_reference):
+            for start, count in neighbours(last_reference):
                 self.file.release(start << bits, count << bits)
                 await self.discard_host(start << bits, count << bits, item.why)
             await self.refcounts.add(first, item.clusters, -1)
@@ -178,14 +178,3 @@ class Metadata:
 
     def wants_lazy(self) -> bool:
         return bool(self.file.header.compatible & Compatible.LAZY_REFCOUNTS)
-
-
-def _neighbours(clusters: list[int]) -> list[tuple[int, int]]:
-    """Ascending cluster numbers as (first, count)."""
-    runs: list[tuple[int, int]] = []
-    for cluster in clusters:
-        if runs and sum(runs[-1]) == cluster:
-            runs[-1] = runs[-1][0], runs[-1][1] + 1
-        else:
-            runs.append((cluster, 1))
-    return runs

@@ -1,23 +1,20 @@
 """Internal snapshots: the snapshot table, and L1 tables that share clusters.
 
-See QEMU's docs/interop/qcow2.txt, "Snapshots". Each change is complete with one write of the header:
-until then the image is what it was, from then on what it shall be; references are counted before it
-and dropped after it. Where the power goes in between, some clusters are in use that nobody refers to.
+See QEMU's docs/interop/qcow2.txt, "Snapshots". The flags of the active tables have to say at every
+moment what the refcounts say, so all of them change at once: see rewriting.py. L2 tables whose flags
+change are copied for the image itself; a snapshot keeps its own with flags that mean nothing there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import struct
 import time
 from array import array
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Literal, Protocol
-
-import trio
 
 from drivers.block.image import SnapshotInfo
 from drivers.block.node import OpenFlags
@@ -27,14 +24,16 @@ from drivers.format.qcow2.header import check_table
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.imagefile import ImageFile
 from drivers.format.qcow2.layout import (
+    COPIED,
     MAX_L1_BYTES,
     MAX_SNAPSHOT_TABLE_BYTES,
     MAX_SNAPSHOTS,
     OFFSET_MASK,
     SNAPSHOT_ENTRY_SIZE,
 )
-from drivers.format.qcow2.refcounts import Run, pack_table, unpack_table
-from drivers.format.qcow2.references import add_references, clear_copied, drop_references, restore_copied
+from drivers.format.qcow2.refcounts import pack_table, unpack_table
+from drivers.format.qcow2.references import WITHOUT_COPIED, Flags, references, shared, tables
+from drivers.format.qcow2.rewriting import Rewrite, rewriting
 
 # Bytes of a name at most; the rest is cut off, as QEMU does it.
 MAX_NAME = 255
@@ -83,9 +82,6 @@ async def read_snapshots(file: ImageFile) -> tuple[list[SnapshotEntry], int]:
     return entries, at
 
 
-Runs = list[Run]
-
-
 class Qcow2Snapshots:
     """`table_length`: bytes that the snapshot table takes up in the file."""
 
@@ -123,94 +119,78 @@ class Qcow2Snapshots:
     # --- creating ---------------------------------------------------------------------------
 
     async def create(self, name: str) -> SnapshotInfo:
-        async with self._changing():
+        image = self._image
+        async with self._disk.alone():
+            self._refuse_external()
             if len(self._entries) >= MAX_SNAPSHOTS:
                 raise RequestError(errno.EFBIG, f"an image has at most {MAX_SNAPSHOTS} snapshots")
-            return _info(await self._create(name.encode(errors="surrogateescape")[:MAX_NAME]))
+            entry = self._new_entry(name.encode(errors="surrogateescape")[:MAX_NAME])
+            entries = (*self._entries, entry)
+            _build(entries)  # whether it fits, before anything happens
+            async with rewriting(image) as rewrite:
+                snapshot_l1 = array("Q", [at & OFFSET_MASK for at in image.mapping.l1])
+                l1 = await self._share(rewrite, snapshot_l1)
+                if l1:
+                    entry = replace(entry, l1_table_offset=await rewrite.write(pack_table(snapshot_l1)))
+                entries = (*self._entries, entry)
+                table = await self._write_entries(rewrite, entries)
+                await rewrite.finish(**table, **await self._write_l1(rewrite, l1))
+                self._became(entries, l1)
+            self._claim_l1(entry)
+            return _info(entry)
 
-    async def _create(self, name: bytes) -> SnapshotEntry:
-        image, l1 = self._image, self._image.mapping.l1
+    def _new_entry(self, name: bytes) -> SnapshotEntry:
         now = time.time_ns()
-        entry = SnapshotEntry(
+        number = max((_leading_number(entry.id) for entry in self._entries), default=0) + 1
+        return SnapshotEntry(
             l1_table_offset=0,
-            l1_size=len(l1),
-            id=self._new_id(),
+            l1_size=len(self._image.mapping.l1),
+            id=b"%d" % number,
             name=name,
-            date_seconds=now // 10**9,
+            date_seconds=now // 10**9 & 0xFFFFFFFF,
             date_nanoseconds=now % 10**9,
             vm_clock_nanoseconds=0,
             vm_state_size=0,
-            disk_size=image.size,
+            disk_size=self._image.size,
             icount=0,
         )
-        _build([*self._entries, entry])  # whether it fits, before anything happens
-        await add_references(image, l1)
-        runs: Runs = []
-        try:
-            if l1:
-                runs.append(await self._allocate(len(l1) * 8))
-                entry = replace(entry, l1_table_offset=runs[0].offset)
-            await image.metadata.flush(refcounts=True)
-            # What two tables share is written in place by neither, from before there are two.
-            await self._share_active()
-            copy = array("Q", [offset & OFFSET_MASK for offset in l1])
-            if l1:
-                await _write_table(image, runs[0], pack_table(copy))
-            table = await self._write_entries([*self._entries, entry], runs)
-        except BaseException:
-            await self._undo(l1, runs)
-            raise
-        await self._switch([*self._entries, entry], table)
-        self._claim_l1(entry, copy)
-        return entry
 
-    def _new_id(self) -> bytes:
-        return b"%d" % (max((_leading_number(entry.id) for entry in self._entries), default=0) + 1)
-
-    async def _share_active(self) -> None:
-        mapping = self._image.mapping
-        mapping.l1_dirty.update(index for index, entry in enumerate(mapping.l1) if entry)
-        mapping.drop()
-        await clear_copied(self._image, mapping.l1)
-        await self._image.metadata.flush()
+    async def _share(self, rewrite: Rewrite, l1: array[int]) -> array[int]:
+        """Another L1 table that leads to the clusters of `l1`. Each of them has one more reference now,
+        so that none may be written in place: where L2 tables say otherwise, it gets its own."""
+        image, bits = self._image, self._image.file.cluster_bits
+        out = l1[:]
+        async for index, offset, entries in tables(image, l1):
+            for first, count in references(image, entries):
+                await image.refcounts.add(first, count, 1)
+            copy = shared(image, entries)
+            if copy == entries:
+                await image.refcounts.add(offset >> bits, 1, 1)
+                out[index] = offset
+            else:
+                out[index] = await rewrite.write(pack_table(copy)) | COPIED
+        return out
 
     # --- applying ---------------------------------------------------------------------------
 
     async def apply(self, key: str) -> None:
-        async with self._changing():
-            await self._apply(self._entries[self._required(key)])
-
-    async def _apply(self, entry: SnapshotEntry) -> None:
         image = self._image
-        size = entry.disk_size
-        if size != image.size:
-            if image.header.version < 3:
-                raise RequestError(errno.ENOTSUP, "Can't resize a v2 image which has snapshots")
-            self._disk.check_resizable()
-        l1 = await self._read_l1(entry)
-        old, old_offset = image.mapping.l1, image.header.l1_table_offset
-        await add_references(image, l1)
-        runs: Runs = []
-        try:
-            runs.append(await self._allocate(len(l1) * 8))
-            await image.metadata.flush(refcounts=True)
-            await clear_copied(image, l1)
-            await _write_table(image, runs[0], pack_table(l1))
-            await image.file.flush()
-        except BaseException:
-            await self._undo(l1, runs)
-            raise
-        await image.file.update_header(l1_table_offset=runs[0].offset, l1_size=len(l1), size=size)
-        image.size = size
-        image.file.release(old_offset, max(1, len(old) * 8))
-        image.mapping.replace(l1)
-        self._disk.became(size)
-        await image.file.flush()
-        await drop_references(image, old)
-        if old:
-            self._free(old_offset, len(old) * 8)
-        await image.metadata.commit()
-        await image.metadata.flush(refcounts=True)
+        async with self._disk.alone():
+            self._refuse_external()
+            entry = self._entries[self._required(key)]
+            size = entry.disk_size
+            if size != image.size:
+                if image.header.version < 3:
+                    raise RequestError(errno.ENOTSUP, "Can't resize a v2 image which has snapshots")
+                self._disk.check_resizable()
+            async with rewriting(image) as rewrite:
+                l1 = await self._share(rewrite, await self._read_l1(entry))
+                await self._release(rewrite, image.mapping.l1)
+                await rewrite.finish(size=size, **await self._write_l1(rewrite, l1))
+                image.size = size
+                self._became(self._entries, l1)
+                image.on_free_compressed()
+            self._disk.became(size)
 
     async def _read_l1(self, entry: SnapshotEntry) -> array[int]:
         """The L1 table of a snapshot, as long as its disk needs it: behind that may be the state of a
@@ -220,7 +200,7 @@ class Qcow2Snapshots:
         if needed * 8 > MAX_L1_BYTES:
             raise ImageError("Snapshot disk size is too large")
         whole = await self._read_whole_l1(entry)
-        l1 = array("Q", [offset & ~(1 << 63) for offset in whole[:needed]])
+        l1 = array("Q", [at & WITHOUT_COPIED for at in whole[:needed]])
         l1.extend([0] * (needed - len(l1)))
         return l1
 
@@ -234,22 +214,39 @@ class Qcow2Snapshots:
     # --- deleting ---------------------------------------------------------------------------
 
     async def delete(self, key: str) -> None:
-        async with self._changing(external=True):
+        image = self._image
+        async with self._disk.alone():
             index = self._required(key)
             entry = self._entries[index]
-            image = self._image
-            l1 = await self._read_whole_l1(entry)
             rest = (*self._entries[:index], *self._entries[index + 1 :])
-            table = await self._write_entries(rest, [])
-            await self._switch(rest, table)
-            await drop_references(image, l1)
-            if l1:
-                image.file.release(entry.l1_table_offset, len(l1) * 8)
-                self._free(entry.l1_table_offset, len(l1) * 8)
-            # The references are dropped in memory; then the flags are set, then the counts written.
-            await image.metadata.commit()
-            await restore_copied(image)
-            await image.metadata.flush(refcounts=True)
+            async with rewriting(image) as rewrite:
+                await self._release(rewrite, await self._read_whole_l1(entry))
+                await rewrite.release(entry.l1_table_offset, entry.l1_size * 8)
+                l1 = await self._with_flags(rewrite)
+                table = await self._write_entries(rewrite, rest)
+                await rewrite.finish(**table, **await self._write_l1(rewrite, l1))
+                self._became(rest, l1)
+                image.on_free_compressed()
+
+    async def _release(self, rewrite: Rewrite, l1: array[int]) -> None:
+        """What `l1` leads to has one reference less."""
+        async for _, offset, entries in tables(self._image, l1):
+            for first, count in references(self._image, entries):
+                await rewrite.release_clusters(first, count)
+            await rewrite.release(offset)
+
+    async def _with_flags(self, rewrite: Rewrite) -> array[int]:
+        """The active L1 table, with COPIED flags there and in the L2 tables as the refcounts are now."""
+        image, flags = self._image, Flags(self._image)
+        out = image.mapping.l1[:]
+        async for index, offset, entries in tables(image, image.mapping.l1):
+            corrected = await flags.corrected(entries)
+            if corrected != entries:
+                await rewrite.release(offset)
+                out[index] = await rewrite.write(pack_table(corrected)) | COPIED
+            else:
+                out[index] = offset | (COPIED if await flags.is_single(offset) else 0)
+        return out
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -265,64 +262,30 @@ class Qcow2Snapshots:
 
     # --- parts ------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def _changing(self, *, external: bool = False) -> AsyncIterator[None]:
-        """Nothing else happens, and nothing in memory is ahead of the file. What has begun is ended."""
-        image = self._image
-        if image.external and not external:
+    def _refuse_external(self) -> None:
+        if self._image.external:
             raise RequestError(errno.ENOTSUP, "images with a data file have no snapshots")
-        async with self._disk.alone():
-            image.check_writable()
-            with trio.CancelScope(shield=True):
-                await image.metadata.mark_dirty()
-                await image.metadata.flush()
-                yield
 
-    async def _allocate(self, length: int) -> Run:
-        return await self._image.refcounts.allocate(-(-length // self._image.file.cluster_size))
-
-    def _free(self, offset: int, length: int) -> None:
-        self._image.metadata.free(offset, -(-length // self._image.file.cluster_size), "snapshot")
-
-    async def _write_entries(self, entries: Sequence[SnapshotEntry], runs: Runs) -> Run | None:
-        """Write the snapshot table to a new place, durably, which is added to `runs`; None for none."""
-        image = self._image
-        run: Run | None = None
-        if entries:
-            data = _build(entries)
-            run = await self._allocate(len(data))
-            runs.append(run)
-            await _write_table(image, run, data)
-        await image.metadata.flush(refcounts=True)
-        return run
-
-    async def _switch(self, entries: Sequence[SnapshotEntry], table: Run | None) -> None:
-        """Let the header lead to the new table, and free the old one."""
-        image = self._image
-        old, old_length = image.header.snapshots_offset, self._table_length
-        await image.file.update_header(
-            snapshots_offset=table.offset if table else 0, snapshot_count=len(entries)
-        )
-        await image.file.flush()
+    async def _write_entries(self, rewrite: Rewrite, entries: Sequence[SnapshotEntry]) -> dict[str, int]:
+        """Write the snapshot table anew; the header's fields that lead there."""
         if self._entries:
-            image.file.release(old, old_length)
-            self._free(old, old_length)
-        self._entries = tuple(entries)
-        self._table_length = sum(len(entry.build()) for entry in entries)
-        self._claim_table()
-        await image.metadata.commit()
+            await rewrite.release(self._image.header.snapshots_offset, self._table_length)
+        offset = await rewrite.write(_build(entries)) if entries else 0
+        return {"snapshots_offset": offset, "snapshot_count": len(entries)}
 
-    async def _undo(self, l1: array[int], runs: Runs) -> None:
-        """The header was not switched: give up what was counted for it. Where even that fails, it
-        stays counted."""
-        image = self._image
-        with contextlib.suppress(OSError):
-            for run in runs:
-                await image.refcounts.give_back(run)
-            await drop_references(image, l1)
-            await image.metadata.commit()
-            await restore_copied(image)
-            await image.metadata.flush(refcounts=True)
+    async def _write_l1(self, rewrite: Rewrite, l1: array[int]) -> dict[str, int]:
+        """Write the active L1 table anew, if it is another one; the header's fields that lead there."""
+        old = self._image.mapping.l1
+        if l1 == old:
+            return {}
+        await rewrite.release(self._image.header.l1_table_offset, len(old) * 8)
+        return {"l1_table_offset": await rewrite.write(pack_table(l1)), "l1_size": len(l1)}
+
+    def _became(self, entries: Sequence[SnapshotEntry], l1: array[int]) -> None:
+        self._image.mapping.replace(l1)
+        self._entries = tuple(entries)
+        self._table_length = len(_build(entries))
+        self._claim_table()
 
     # --- claims -----------------------------------------------------------------------------
 
@@ -331,10 +294,9 @@ class Qcow2Snapshots:
             file = self._image.file
             file.claim(file.header.snapshots_offset, self._table_length, "snapshot-table")
 
-    def _claim_l1(self, entry: SnapshotEntry, l1: array[int]) -> None:
-        file = self._image.file
-        if l1:
-            file.claim(entry.l1_table_offset, len(l1) * 8, "inactive-l1")
+    def _claim_l1(self, entry: SnapshotEntry) -> None:
+        if entry.l1_size:
+            self._image.file.claim(entry.l1_table_offset, entry.l1_size * 8, "inactive-l1")
 
     async def claim_all(self) -> None:
         """Tell the overlap checks where the snapshots' tables lie."""
@@ -343,15 +305,11 @@ class Qcow2Snapshots:
             if "inactive-l1" in file.checks and entry.l1_size:
                 length = entry.l1_size * 8
                 check_table(file.header, entry.l1_table_offset, length, MAX_L1_BYTES, "Snapshot L1 table")
-                file.claim(entry.l1_table_offset, length, "inactive-l1")
+                self._claim_l1(entry)
             if "inactive-l2" in file.checks:
                 for offset in await self._read_whole_l1(entry):
                     if offset & OFFSET_MASK and file.overlap(offset & OFFSET_MASK, 1) is None:
                         file.claim(offset & OFFSET_MASK, 1, "inactive-l2")
-
-
-async def _write_table(image: Image, run: Run, data: bytes) -> None:
-    await image.file.write(run.offset, data + bytes(-len(data) % image.file.cluster_size))
 
 
 def _build(entries: Sequence[SnapshotEntry]) -> bytes:
