@@ -99,7 +99,7 @@ class Image:
         self.metadata.refcounts = self.refcounts
         self.metadata.mapping = self.mapping
         self.metadata.flush_data = self.flush_data
-        self.metadata.discard_host = self._discard_host
+        self.metadata.discard_host = self.discard_host
         self.mapping.on_free = self.metadata.free
         # Called when compressed data are freed.
         self.on_free_compressed: Callable[[], object] = lambda: None
@@ -126,7 +126,7 @@ class Image:
             await self.data.flush()
         await self.file.flush()
 
-    async def _discard_host(self, offset: int, length: int, why: str) -> None:
+    async def discard_host(self, offset: int, length: int, why: str) -> None:
         if self.options.passes_discard[why] and not self.external:
             await self.file.node.discard(offset, min(length, max(0, self.file.node.size - offset)))
 
