@@ -72,16 +72,17 @@ class NewImage:
     given: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def plan(cls, graph: Graph, filename: str, image_format: str) -> NewImage:
-        """An image with the options' defaults. Raises OptionError where there can be none."""
+    def plan(cls, graph: Graph, filename: str | None, image_format: str) -> NewImage:
+        """An image with the options' defaults; without a `filename` it is only imagined. Raises
+        OptionError where there can be none."""
         driver = find_format(graph, image_format)
-        storage = _storage_driver(graph, _storage_tree(graph, filename))
+        storage = None if filename is None else _storage_driver(graph, _storage_tree(graph, filename))
         check_makes_images(driver, image_format)
         known = list(driver.create_options)
         names = {option.name for option in known}
         if storage is not None:
             known += [option for option in storage.create_options if option.name not in names]
-        return cls(graph, filename, image_format, driver, tuple(known))
+        return cls(graph, filename or "", image_format, driver, tuple(known))
 
     def set(self, name: str, value: str) -> None:
         """Raises OptionError on what the format does not know or cannot understand."""
@@ -196,8 +197,8 @@ async def complete_backing(
 # --- the work -----------------------------------------------------------------------------------
 
 
-async def make_image(image: NewImage, *, warn: Callable[[str], object]) -> None:
-    """Raises OptionError."""
+async def make_image(image: NewImage, *, warn: Callable[[str], object]) -> bool:
+    """Make it; whether it certainly reads as zeroes (or as its backing file). Raises OptionError."""
     tree, storage = image.split()
     options = Options(tree, owner=image.image_format)
     context = _Creation(image.graph, image.filename, storage, warn)
@@ -213,6 +214,9 @@ async def make_image(image: NewImage, *, warn: Callable[[str], object]) -> None:
     finally:
         with trio.CancelScope(shield=True):
             await context.aclose()
+    # The data of an image with preallocated clusters lies where something else may have been.
+    unallocated = image.image_format != "raw" and image.given.get("preallocation", "off") == "off"
+    return unallocated or not context.reused and not any(name.startswith("encrypt") for name in image.given)
 
 
 class _Creation:
@@ -226,6 +230,8 @@ class _Creation:
         self._storage_options = storage_options
         self._warn = warn
         self._edges: list[Edge] = []
+        # Something that was there before holds the image now.
+        self.reused = False
 
     async def create_file(
         self, filename: str, *, size: int = 0, preallocation: Preallocation = Preallocation.OFF
@@ -243,6 +249,7 @@ class _Creation:
 
     async def _reuse(self, tree: Tree, size: int) -> Node:
         """What cannot be made can still be there: a block device, a server's export."""
+        self.reused = True
         name = tree.get("driver")
         try:
             node = await self._hold(await self.graph.open(tree, OpenFlags()), _WRITING)
