@@ -26,6 +26,7 @@ ROWS = {
     "nbd": Row("drivers.protocol.nbd.driver:NbdNode", ("nbd", "nbd+tcp", "nbd+unix", "nbds", "nbds+unix")),
     "null-co": Row("drivers.protocol.null:NullNode", ("null-co",)),
     "null-aio": Row("drivers.protocol.null:NullNode", ("null-aio",)),
+    "qcow2": Row("drivers.format.qcow2.driver:Qcow2Node"),
     "raw": Row("drivers.format.raw:RawNode"),
 }
 

@@ -135,12 +135,18 @@ class Graph:
                 # Protocols are the drivers without children.
                 refuses = "format '{}' does not" if context.children else "protocol '{}' doesn't"
                 raise OptionError(f"Block {refuses.format(driver_name)} support the option '{left}'")
+            return self.add(node)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await context.abandon(node)
             raise
-        self.nodes[name] = node
-        node.on_close(lambda: self.nodes.pop(name, None))
+
+    def add(self, node: Node) -> Node:
+        """Take in an open node, which can be referred to by its name until it is closed."""
+        if node.name in self.nodes:
+            raise OptionError(f"Duplicate nodes with node-name='{node.name}'")
+        self.nodes[node.name] = node
+        node.on_close(lambda: self.nodes.pop(node.name, None))
         return node
 
     def _generic(self, tree: Tree, inherited: OpenFlags) -> tuple[str, OpenFlags]:

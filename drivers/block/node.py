@@ -11,7 +11,7 @@ import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import trio
 
@@ -61,6 +61,14 @@ class OpenFlags:
     detect_zeroes: Literal["off", "on", "unmap"] = "off"
     no_backing: bool = False
     for_check: bool = False
+
+
+class Hold(NamedTuple):
+    """Spans of `node` stay valid, and what they came from in the nodes below."""
+
+    node: Node
+    request: Request
+    below: list[Hold]
 
 
 class Node:
@@ -117,6 +125,9 @@ class Node:
     async def _discard(self, offset: int, length: int, /) -> None:
         """Advice: the range's content is of no more use. ENOTSUP is ignored."""
         raise RequestError(errno.ENOTSUP)
+
+    async def _write_back(self) -> None:
+        """Hand to the children what is only in memory. Called where flushes are ignored."""
 
     async def _flush(self) -> None:
         """Make every completed write durable."""
@@ -201,12 +212,15 @@ class Node:
         self.size = size
         return True
 
-    def hold(self, offset: int, length: int, /) -> Request:
+    def hold(self, offset: int, length: int, /) -> Hold:
         """Keep the spans just returned valid until release()."""
-        return self.requests.hold(offset, length)
+        below = [edge.child.hold(0, edge.child.size) for edge in self.children.values()]
+        return Hold(self, self.requests.hold(offset, length), below)
 
-    def release(self, request: Request, /) -> None:
-        self.requests.finish(request)
+    def release(self, hold: Hold, /) -> None:
+        for below in hold.below:
+            below.node.release(below)
+        self.requests.finish(hold.request)
 
     # --- operations -------------------------------------------------------------------------
 
@@ -311,7 +325,9 @@ class Node:
         """Every write that has returned is durable when this returns."""
         request, _, _ = await self._begin(0, 0)
         try:
-            if not self.flags.no_flush:
+            if self.flags.no_flush:
+                await self._write_back()
+            else:
                 await self._flush()
         finally:
             self.requests.finish(request)

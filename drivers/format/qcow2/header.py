@@ -86,6 +86,8 @@ FEATURE_NAMES: tuple[tuple[int, int, str], ...] = (
     (2, 0, "bitmaps"),
     (2, 1, "raw external data"),
 )
+# Smaller first clusters go without the table.
+FEATURE_NAMES_CLUSTER_BITS = 13
 _FEATURE_NAME = struct.Struct(">BB46s")
 _KNOWN_INCOMPATIBLE = (1 << 5) - 1
 _KNOWN_AUTOCLEAR = (1 << 2) - 1
@@ -214,7 +216,8 @@ class Header:
             yield ExtensionType.DATA_FILE, self.data_file_name.encode(errors="surrogateescape")
         if self.encryption is not None:
             yield ExtensionType.ENCRYPTION, self.encryption.build()
-        if self.version >= 3:
+        # The names would leave too little room for others in small clusters.
+        if self.version >= 3 and self.cluster_bits >= FEATURE_NAMES_CLUSTER_BITS:
             table = (_FEATURE_NAME.pack(kind, bit, name.encode()) for kind, bit, name in FEATURE_NAMES)
             yield ExtensionType.FEATURE_NAMES, b"".join(table)
         if self.bitmaps is not None:

@@ -1,0 +1,154 @@
+"""The node of a qcow2 image: QEMU's native format."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+
+import structlog
+
+from drivers.block.extents import Extent
+from drivers.block.graph import OpenContext
+from drivers.block.image import ImageInfo, ImageNode
+from drivers.block.limits import Limits
+from drivers.block.node import Node, OpenFlags, Preallocation
+from drivers.block.permission import ALL, Permission
+from drivers.errors import ImageError, RequestError
+from drivers.format.qcow2.header import CryptMethod, Incompatible
+from drivers.format.qcow2.image import Image
+from drivers.format.qcow2.imagefile import ImageFile
+from drivers.format.qcow2.opening import open_backing, open_data_file, read_header, read_tables
+from drivers.format.qcow2.options import take_options
+from drivers.format.qcow2.reading import Reader
+from drivers.format.qcow2.resizing import resize
+from drivers.format.qcow2.unmapping import Unmapper
+from drivers.format.qcow2.writing import Writer
+from drivers.options.schema import Options
+
+log = structlog.get_logger()
+
+
+class Qcow2Node(ImageNode):
+    """`image` does the work; here it meets the block layer."""
+
+    driver_name = "qcow2"
+
+    def __init__(self, image: Image, *, flags: OpenFlags, name: str = "") -> None:
+        header = image.header
+        limits = Limits(
+            request_alignment=512 if header.crypt_method != CryptMethod.NONE else 1,
+            preferred_block=max(4096, min(header.cluster_size, 64 << 10)),
+        )
+        super().__init__(flags=flags, size=header.size, limits=limits, name=name)
+        self.image = image
+        # The requests that the image must know of are the node's.
+        image.metadata.watch(self.requests)
+        self.backing: Node | None = None
+        self._reader = Reader(image)
+        self._writer = Writer(image, self._reader)
+        self._unmapper = Unmapper(image, self._writer)
+        # One call less for every request of the hot path.
+        self._plain = self._reader.plain  # type: ignore[method-assign]
+        self._plain_write = self._writer.plain_write  # type: ignore[method-assign]
+
+    # --- opening ----------------------------------------------------------------------------
+
+    @classmethod
+    async def open(cls, context: OpenContext, options: Options, /) -> Qcow2Node:
+        file_node = await context.child(options)
+        flags = context.flags
+        if file_node.flags.read_only and flags.auto_read_only:
+            flags = replace(flags, read_only=True)
+        header = await read_header(file_node)
+        if header.incompatible & Incompatible.CORRUPT and not flags.read_only:
+            raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
+        settings = take_options(options, header, flags)
+        file = ImageFile(
+            file_node,
+            header,
+            checks=settings.overlap_checks if not flags.read_only else frozenset(),
+            on_corruption=lambda reason: log.error("qcow2", image=context.name, problem=reason),
+        )
+        l1, refcount_table = await read_tables(file)
+        data = await open_data_file(context, options, header)
+        backing = await open_backing(context, options, header)
+        image = Image(file, data or file_node, settings, l1=l1, refcount_table=refcount_table)
+        node = cls(image, flags=flags, name=context.name)
+        await node.use("file", file_node)
+        if data is not None:
+            await node.use("data-file", data)
+        if backing is not None:
+            await node.use("backing", backing)
+            image.backing = node.backing = backing
+        return node
+
+    def _child_permissions(
+        self, role: str, needed: Permission, shared: Permission, /
+    ) -> tuple[Permission, Permission]:
+        shared = ALL & ~(Permission.WRITE | Permission.RESIZE)
+        needed = Permission.CONSISTENT_READ
+        if role != "backing" and not self.flags.read_only:
+            needed |= Permission.WRITE | Permission.RESIZE
+        return needed, shared
+
+    # --- requests ---------------------------------------------------------------------------
+
+    async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
+        await self._reader.read_into(offset, buffer)
+
+    async def _write(self, offset: int, data: memoryview, /, *, fua: bool) -> None:
+        await self._writer.write(offset, data)
+
+    async def _write_compressed(self, offset: int, data: memoryview, /) -> None:
+        image = self.image
+        if image.crypt is not None or image.external:
+            raise RequestError(errno.ENOTSUP, "Compression not supported for this file format")
+        if offset % image.file.cluster_size or (
+            len(data) % image.file.cluster_size and offset + len(data) != self.size
+        ):
+            raise RequestError(errno.EINVAL, "compressed writes are of whole clusters")
+        await self._writer.write_compressed(offset, data)
+
+    async def _write_zeroes(self, offset: int, length: int, /, *, may_unmap: bool, fast: bool) -> None:
+        await self._unmapper.write_zeroes(offset, length, may_unmap=may_unmap)
+
+    async def _discard(self, offset: int, length: int, /) -> None:
+        await self._unmapper.discard(offset, length)
+
+    async def _write_back(self) -> None:
+        if not self.flags.read_only and not self.image.file.corrupt:
+            await self.image.metadata.commit()
+
+    async def _flush(self) -> None:
+        image = self.image
+        if self.flags.read_only or image.file.corrupt:
+            await image.flush_data()
+        else:
+            await image.metadata.flush()
+
+    async def _block_status(self, offset: int, length: int, /) -> list[Extent]:
+        return await self._reader.block_status(offset, length)
+
+    async def _truncate(self, size: int, /, *, preallocation: Preallocation) -> None:
+        if preallocation is not Preallocation.OFF:
+            raise RequestError(errno.ENOTSUP)
+        if size % 512:
+            raise RequestError(errno.EINVAL, "The new size must be a multiple of 512")
+        await resize(self.image, self._unmapper, size)
+
+    async def _close(self) -> None:
+        image = self.image
+        if not self.flags.read_only and not image.file.corrupt:
+            await image.metadata.finish()
+
+    # --- image tools ------------------------------------------------------------------------
+
+    async def info(self) -> ImageInfo:
+        header = self.image.header
+        return ImageInfo(
+            cluster_size=header.cluster_size,
+            encrypted=header.crypt_method != CryptMethod.NONE,
+            dirty=bool(header.incompatible & Incompatible.DIRTY),
+            backing_filename=header.backing_name,
+            backing_format=header.backing_format,
+        )
