@@ -41,7 +41,7 @@ MAX_DEPTH = 200
 
 def inherited_flags(flags: OpenFlags) -> OpenFlags:
     """What a node's `flags` mean for its children: what they are sent has been filtered already."""
-    return replace(flags, detect_zeroes="off", discard=True)
+    return replace(flags, detect_zeroes="off", discard=True, no_backing=False, for_check=False)
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Graph:
         try:
             return self.nodes[name]
         except KeyError:
-            raise OptionError(f"Cannot find device='' nor node-name='{name}'") from None
+            raise OptionError(f"Cannot find device='{name}' nor node-name='{name}'") from None
 
     async def open(
         self,
@@ -161,7 +161,8 @@ class Graph:
         if name in self.nodes:
             raise OptionError(f"Duplicate nodes with node-name='{name}'")
         cache = Options(common.subtree("cache"), owner="Block node")
-        flags = OpenFlags(
+        flags = replace(
+            inherited,
             read_only=common.boolean("read-only", inherited.read_only),
             auto_read_only=common.boolean("auto-read-only", inherited.auto_read_only),
             force_share=common.boolean("force-share", inherited.force_share),

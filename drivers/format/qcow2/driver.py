@@ -11,7 +11,7 @@ import structlog
 
 from drivers.block.extents import Extent
 from drivers.block.graph import OpenContext
-from drivers.block.image import ImageInfo, ImageNode
+from drivers.block.image import CreateContext, ImageInfo, ImageNode, Measurement
 from drivers.block.limits import Limits
 from drivers.block.node import Node, OpenFlags, Preallocation
 from drivers.block.permission import ALL, Permission
@@ -21,6 +21,7 @@ from drivers.format.qcow2.encryption import unlock
 from drivers.format.qcow2.header import CryptMethod, Incompatible
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.imagefile import ImageFile
+from drivers.format.qcow2.new import CREATE_OPTIONS
 from drivers.format.qcow2.opening import open_backing, open_data_file, read_header, read_tables
 from drivers.format.qcow2.options import take_options
 from drivers.format.qcow2.reading import Reader
@@ -37,6 +38,7 @@ class Qcow2Node(ImageNode):
     """`image` does the work; here it meets the block layer."""
 
     driver_name = "qcow2"
+    create_options = CREATE_OPTIONS
 
     def __init__(self, image: Image, *, flags: OpenFlags, name: str = "") -> None:
         header = image.header
@@ -66,7 +68,7 @@ class Qcow2Node(ImageNode):
         if file_node.flags.read_only and flags.auto_read_only:
             flags = replace(flags, read_only=True)
         header = await read_header(file_node)
-        if header.incompatible & Incompatible.CORRUPT and not flags.read_only:
+        if header.incompatible & Incompatible.CORRUPT and not flags.read_only and not flags.for_check:
             raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
         settings = take_options(options, header, flags)
         file = ImageFile(
@@ -226,6 +228,18 @@ class Qcow2Node(ImageNode):
         self.image.check_writable()
 
     # --- image tools ------------------------------------------------------------------------
+
+    @classmethod
+    async def create(cls, context: CreateContext, options: Options, /) -> None:
+        from drivers.format.qcow2.create import create  # only image tools need it
+
+        await create(context, options)
+
+    @classmethod
+    async def measure(cls, options: Options, source: Node | None, /) -> Measurement:
+        from drivers.format.qcow2.measure import measure
+
+        return await measure(options, source)
 
     async def info(self) -> ImageInfo:
         header = self.image.header
