@@ -11,7 +11,7 @@ import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import trio
 
@@ -48,7 +48,8 @@ class OpenFlags:
     `direct` bypasses the host's page cache, `no_flush` ignores flushes, `discard` lets discards
     reach storage, `detect_zeroes` turns written zeroes into write_zeroes (and with "unmap" into
     holes). `auto_read_only` falls back to read-only where writing is not possible. `force_share`
-    opens read-only beside a writer.
+    opens read-only beside a writer. `no_backing` leaves the backing file alone, whatever the image names;
+    `for_check` opens what is to be checked or repaired: neither damage nor a dirty mark is in its way.
     """
 
     read_only: bool = False
@@ -58,6 +59,16 @@ class OpenFlags:
     no_flush: bool = False
     discard: bool = False
     detect_zeroes: Literal["off", "on", "unmap"] = "off"
+    no_backing: bool = False
+    for_check: bool = False
+
+
+class Hold(NamedTuple):
+    """Spans of `node` stay valid, and what they came from in the nodes below."""
+
+    node: Node
+    request: Request
+    below: list[Hold]
 
 
 class Node:
@@ -115,6 +126,9 @@ class Node:
         """Advice: the range's content is of no more use. ENOTSUP is ignored."""
         raise RequestError(errno.ENOTSUP)
 
+    async def _write_back(self) -> None:
+        """Hand to the children what is only in memory. Called where flushes are ignored."""
+
     async def _flush(self) -> None:
         """Make every completed write durable."""
 
@@ -132,6 +146,14 @@ class Node:
 
     async def _truncate(self, size: int, /, *, preallocation: Preallocation) -> None:
         raise RequestError(errno.ENOTSUP, "the image cannot be resized")
+
+    async def _allocated_size(self) -> int | None:
+        """See allocated_size(). The default suits whoever keeps everything in its children."""
+        total: int | None = None
+        for role, edge in self.children.items():
+            if role != "backing" and (size := await edge.child.allocated_size()) is not None:
+                total = (total or 0) + size
+        return total
 
     def _child_permissions(
         self, role: str, needed: Permission, shared: Permission, /
@@ -190,12 +212,15 @@ class Node:
         self.size = size
         return True
 
-    def hold(self, offset: int, length: int, /) -> Request:
+    def hold(self, offset: int, length: int, /) -> Hold:
         """Keep the spans just returned valid until release()."""
-        return self.requests.hold(offset, length)
+        below = [edge.child.hold(0, edge.child.size) for edge in self.children.values()]
+        return Hold(self, self.requests.hold(offset, length), below)
 
-    def release(self, request: Request, /) -> None:
-        self.requests.finish(request)
+    def release(self, hold: Hold, /) -> None:
+        for below in hold.below:
+            below.node.release(below)
+        self.requests.finish(hold.request)
 
     # --- operations -------------------------------------------------------------------------
 
@@ -300,7 +325,9 @@ class Node:
         """Every write that has returned is durable when this returns."""
         request, _, _ = await self._begin(0, 0)
         try:
-            if not self.flags.no_flush:
+            if self.flags.no_flush:
+                await self._write_back()
+            else:
                 await self._flush()
         finally:
             self.requests.finish(request)
@@ -324,6 +351,11 @@ class Node:
             return clipped(merged(await self._block_status(offset, length)), length)
         finally:
             self.requests.finish(request)
+
+    async def allocated_size(self) -> int | None:
+        """Bytes that the node takes on the host, without its backing files; None where nobody knows."""
+        self._check_alive()
+        return await self._allocated_size()
 
     async def truncate(self, size: int, /, *, preallocation: Preallocation = Preallocation.OFF) -> None:
         """Make the node `size` bytes long; added bytes read as zeroes."""

@@ -45,23 +45,25 @@ async def open_options(
     flags: OpenFlags | None = None,
     *,
     warn: Callable[[str], object],
+    depth: int = 0,
 ) -> Node:
     """Open the node that `tree` describes. Without a "driver" at its top the format is found by
     probing the node that "file" describes or names.
     """
     flags = flags or OpenFlags()
     if "driver" in tree:
-        return await graph.open(tree, flags)
+        return await graph.open(tree, flags, depth=depth)
     reference = tree.get("file")
     if isinstance(reference, str):
         protocol = graph.node(reference)
     elif isinstance(reference, dict):
-        protocol = await graph.open(reference, inherited_flags(flags))
+        protocol = await graph.open(reference, inherited_flags(flags), depth=depth + 1)
     else:
         raise OptionError("Must specify either driver or file")
     try:
         image_format = await _probe(protocol)
-        node = await graph.open({**tree, "driver": image_format, "file": protocol.name}, flags, probed=True)
+        tree = {**tree, "driver": image_format, "file": protocol.name}
+        node = await graph.open(tree, flags, probed=True, depth=depth)
     except BaseException:
         with trio.CancelScope(shield=True):
             if not protocol.parents:

@@ -16,8 +16,8 @@ class FaultyNode(Node):
 
     fail: {"write": EIO} makes every write fail so until the entry is taken out. gates: a request
     whose operation has an event here waits for it before anything is done. calls: the operations
-    that reached the hooks, with their offset and length, in order. The operations are the hooks'
-    names without the underscore.
+    that reached the hooks, with their offset and length, in order. fail_call: {7: ENOSPC} makes the
+    call that will be calls[7] fail, once. The operations are the hooks' names without the underscore.
     """
 
     driver_name = "faulty"
@@ -31,6 +31,7 @@ class FaultyNode(Node):
         self._child = child
         self._passes_plain = plain
         self.fail: dict[str, int] = {}
+        self.fail_call: dict[int, int] = {}
         self.gates: dict[str, trio.Event] = {}
         self.calls: list[tuple[str, int, int]] = []
         self._arrivals: dict[str, trio.Event] = defaultdict(trio.Event)
@@ -40,11 +41,12 @@ class FaultyNode(Node):
         await self._arrivals[operation].wait()
 
     async def _step(self, operation: str, offset: int = 0, length: int = 0) -> None:
+        failure = self.fail_call.get(len(self.calls), 0)
         self.calls.append((operation, offset, length))
         self._arrivals[operation].set()
         if operation in self.gates:
             await self.gates[operation].wait()
-        if number := self.fail.get(operation):
+        if number := failure or self.fail.get(operation):
             raise OSError(number, os.strerror(number))
 
     def _plain(self, offset: int, length: int, /) -> list[Span] | None:

@@ -35,6 +35,19 @@ def check_plain(node: Node, model: bytes | bytearray, offset: int, length: int) 
         offset += span_length
 
 
+def write_plain(node: Node, offset: int, data: bytes) -> bool:
+    """Write where the node says that the bytes lie, if it does."""
+    spans = node.plain_write(offset, len(data))
+    if spans is None:
+        return False
+    assert sum(span[2] for span in spans) == len(data)
+    for fd, host_offset, length in spans:
+        assert fd >= 0
+        assert os.pwrite(fd, data[:length], host_offset) == length
+        data = data[length:]
+    return True
+
+
 async def check_status(node: Node, model: bytes | bytearray) -> None:
     """block_status() covers the node without gaps, and what it calls zero is zero."""
     offset = 0
@@ -60,8 +73,11 @@ class Operation:
     flag: bool
 
 
+BASIC_KINDS = ("read", "write", "write", "write-plain", "zero", "discard", "flush", "truncate")
+
+
 def operations(
-    kinds: tuple[str, ...] = ("read", "write", "write", "zero", "discard", "flush", "truncate"),
+    kinds: tuple[str, ...] = BASIC_KINDS,
     *,
     max_size: int = 1 << 18,
 ) -> strategies.SearchStrategy[list[Operation]]:
@@ -83,14 +99,20 @@ async def replay(node: Node, model: bytearray, steps: list[Operation]) -> None:
     """Do `steps` to the node and to `model`, comparing after each. Discarded bytes may read as
     anything outside the model's knowledge, so the model takes them over."""
     for step in steps:
-        offset = step.offset % (node.size + 1)
-        length = min(step.length, node.size - offset)
-        await _STEPS[step.kind](node, model, step, offset, length)
-        assert node.size == len(model)
-        assert await contents(node) == model
-        if step.kind != "truncate" and length:
-            check_plain(node, model, offset, length)
-        await check_status(node, model)
+        await do(node, model, step)
+
+
+async def do(node: Node, model: bytearray, step: Operation) -> tuple[int, int]:
+    """One step; the range that it was about."""
+    offset = step.offset % (node.size + 1)
+    length = min(step.length, node.size - offset)
+    await _STEPS[step.kind](node, model, step, offset, length)
+    assert node.size == len(model)
+    assert await contents(node) == model
+    if step.kind != "truncate" and length:
+        check_plain(node, model, offset, length)
+    await check_status(node, model)
+    return offset, length
 
 
 async def _read(node: Node, model: bytearray, step: Operation, offset: int, length: int) -> None:
@@ -103,6 +125,12 @@ async def _write(node: Node, model: bytearray, step: Operation, offset: int, len
     data = bytes([step.fill]) * length
     await node.write(offset, data, fua=step.flag)
     model[offset : offset + length] = data
+
+
+async def _write_plain(node: Node, model: bytearray, step: Operation, offset: int, length: int) -> None:
+    data = bytes([step.fill]) * length
+    if length and write_plain(node, offset, data):
+        model[offset : offset + length] = data
 
 
 async def _zero(node: Node, model: bytearray, step: Operation, offset: int, length: int) -> None:
@@ -128,6 +156,7 @@ async def _truncate(node: Node, model: bytearray, step: Operation, offset: int, 
 _STEPS: dict[str, Callable[[Node, bytearray, Operation, int, int], Awaitable[None]]] = {
     "read": _read,
     "write": _write,
+    "write-plain": _write_plain,
     "zero": _zero,
     "discard": _discard,
     "flush": _flush,

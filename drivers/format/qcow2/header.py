@@ -90,7 +90,7 @@ FEATURE_NAMES: tuple[tuple[int, int, str], ...] = (
 FEATURE_NAMES_CLUSTER_BITS = 13
 _FEATURE_NAME = struct.Struct(">BB46s")
 _KNOWN_INCOMPATIBLE = (1 << 5) - 1
-_KNOWN_AUTOCLEAR = (1 << 2) - 1
+KNOWN_AUTOCLEAR = (1 << 2) - 1
 
 
 @dataclass(frozen=True, slots=True)

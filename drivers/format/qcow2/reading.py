@@ -1,0 +1,216 @@
+"""Reading: from the image's clusters, compressed ones included, and from the backing file."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from drivers.block.extents import Extent, ExtentFlags, Span
+from drivers.block.node import MAX_EXTENTS, Node
+from drivers.crypto.cipher import in_turns
+from drivers.format.qcow2.compress import decompress
+from drivers.format.qcow2.image import Image
+from drivers.format.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO, compressed_range
+from drivers.format.qcow2.mapping import DATA, DEFLATED, HOLE, INVALID, RESERVED, RESERVED_ZERO, Piece
+
+# Pieces that are read side by side, and that a request is cut into at a time.
+MAX_PIECES = 256
+# Decompressed clusters that are kept, for readers with requests smaller than a cluster.
+KEPT_CLUSTERS = 4
+
+
+class Reader:
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._mapping = image.mapping
+        self._data_plain = image.data.plain
+        self._bits = image.mapping.cluster_bits
+        self._mask = image.mapping.cluster_size - 1
+        self._slice_bits, self._slice_mask = image.mapping.slice_bits, image.mapping.slice_mask
+        self._inflated: dict[int, bytes] = {}
+        # Counts how often compressed data were freed: what is read meanwhile is not kept.
+        self._generation = 0
+        image.on_free_compressed = self._forget_inflated
+
+    # --- where the bytes lie plain ----------------------------------------------------------
+
+    def plain(self, offset: int, length: int) -> Sequence[Span] | None:
+        """See Node.plain()."""
+        image, mapping = self._image, self._mapping
+        if image.crypt is not None:
+            return None
+        cluster = offset >> self._bits
+        if (offset + length - 1) >> self._bits == cluster and not mapping.extended:
+            # Most requests lie in one cluster.
+            found = mapping.slices.get(cluster >> self._slice_bits)
+            if found is not None:
+                found.used = True
+                entry = found.entries[cluster & self._slice_mask]
+                host = entry & OFFSET_MASK
+                if host and not (entry & (COMPRESSED | ZERO | self._mask & OFFSET_MASK)):
+                    host += offset & self._mask
+                    if host + length <= image.data.size:
+                        return self._data_plain(host, length)
+        pieces: list[Piece] = []
+        if mapping.pieces(offset, offset + length, pieces) != offset + length:
+            return None
+        return self._spans(offset, pieces)
+
+    def _spans(self, offset: int, pieces: list[Piece]) -> list[Span] | None:
+        image = self._image
+        spans: list[Span] = []
+        for kind, host, length in pieces:
+            if kind == DATA:
+                if host + length > image.data.size:
+                    return None
+                below = self._data_plain(host, length)
+                if below is None:
+                    return None
+                spans.extend(below)
+            elif kind in (DEFLATED, INVALID):
+                return None
+            elif kind in (HOLE, RESERVED) and (reach := image.backing_length(offset, length)):
+                assert image.backing is not None
+                below = image.backing.plain(offset, reach)
+                if below is None:
+                    return None
+                spans.extend(below)
+                if reach < length:
+                    spans.append((-1, 0, length - reach))
+            else:
+                spans.append((-1, 0, length))
+            offset += length
+        return spans
+
+    # --- reading ----------------------------------------------------------------------------
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            pieces = await self._mapping.describe(offset + done, offset + len(buffer), most=MAX_PIECES)
+            jobs: list[Callable[[], Awaitable[None]]] = []
+            for piece in pieces:
+                part = buffer[done : done + piece.length]
+                jobs.append(self._job(piece, offset + done, part))
+                done += piece.length
+            await together(jobs)
+
+    def _job(self, piece: Piece, offset: int, part: memoryview) -> Callable[[], Awaitable[None]]:
+        if piece.kind == DATA:
+            return lambda: self._read_data(piece.host, offset, part)
+        if piece.kind == DEFLATED:
+            return lambda: self._read_compressed(piece.host, offset, part)
+        if piece.kind in (HOLE, RESERVED):
+            return lambda: self._read_backing(offset, part)
+        return lambda: _zero(part)
+
+    async def _read_data(self, host: int, offset: int, part: memoryview) -> None:
+        image = self._image
+        await read_padded(image.data, host, part)
+        if image.crypt is not None:
+            crypt, sector = image.crypt, image.crypt_sector(host, offset)
+            await in_turns(crypt.decrypt, sector, part)
+
+    async def _read_backing(self, offset: int, part: memoryview) -> None:
+        image = self._image
+        reach = image.backing_length(offset, len(part))
+        if reach:
+            assert image.backing is not None
+            await image.backing.read_into(offset, part[:reach])
+        part[reach:] = bytes(len(part) - reach)
+
+    async def _read_compressed(self, entry: int, offset: int, part: memoryview) -> None:
+        inside = offset & self._mask
+        part[:] = (await self.inflate(entry))[inside : inside + len(part)]
+
+    async def inflate(self, entry: int) -> bytes:
+        """The cluster behind the compressed descriptor `entry`."""
+        whole = self._inflated.get(entry)
+        if whole is None:
+            image, generation = self._image, self._generation
+            host, length = compressed_range(entry, self._bits)
+            data = await image.file.read(host, length)
+            kind, size = image.header.compression_type, self._mask + 1
+            whole = await trio.to_thread.run_sync(decompress, data, size, kind, limiter=image.threads)
+            if generation == self._generation:
+                while len(self._inflated) >= KEPT_CLUSTERS:
+                    del self._inflated[next(iter(self._inflated))]
+                self._inflated[entry] = whole
+        return whole
+
+    def _forget_inflated(self) -> None:
+        self._generation += 1
+        self._inflated.clear()
+
+    # --- block status -----------------------------------------------------------------------
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        image = self._image
+        extents: list[Extent] = []
+        for piece in await self._mapping.describe(offset, offset + length, most=MAX_EXTENTS // 2):
+            if len(extents) >= MAX_EXTENTS:
+                break
+            if piece.kind in (HOLE, RESERVED):
+                complete = await self._status_below(offset, piece.length, extents)
+                if not complete:
+                    break
+            elif piece.kind == DATA:
+                host = None if image.crypt is not None else piece.host
+                extents.append(Extent(piece.length, ExtentFlags.DATA, host_offset=host))
+            elif piece.kind == DEFLATED:
+                extents.append(Extent(piece.length, ExtentFlags.DATA | ExtentFlags.COMPRESSED))
+            else:
+                host = piece.host if piece.kind == RESERVED_ZERO and image.crypt is None else None
+                extents.append(Extent(piece.length, ExtentFlags.ZERO, host_offset=host))
+            offset += piece.length
+        return extents
+
+    async def _status_below(self, offset: int, length: int, out: list[Extent]) -> bool:
+        """Append what the backing file has there; False if it told only a part of it."""
+        image = self._image
+        reach = image.backing_length(offset, length)
+        done = 0
+        while done < reach and len(out) < MAX_EXTENTS:
+            assert image.backing is not None
+            for extent in await image.backing.block_status(offset + done, reach - done):
+                depth = extent.depth + 1 if extent.depth else 0
+                out.append(extent._replace(depth=depth))
+                done += extent.length
+        if done < reach:
+            return False
+        if reach < length:
+            out.append(Extent(length - reach, ExtentFlags.ZERO, 0))
+        return True
+
+
+async def read_padded(node: Node, offset: int, buffer: memoryview) -> None:
+    """Fill `buffer`; what lies behind the node's end reads as zeroes."""
+    inside = min(len(buffer), max(0, node.size - offset))
+    if inside:
+        await node.read_into(offset, buffer[:inside])
+    buffer[inside:] = bytes(len(buffer) - inside)
+
+
+async def _zero(part: memoryview) -> None:
+    part[:] = bytes(len(part))
+
+
+async def together(jobs: list[Callable[[], Awaitable[None]]]) -> None:
+    """Do all `jobs` side by side. The first error is raised when all have ended."""
+    if len(jobs) == 1:
+        await jobs[0]()
+        return
+    failures: list[Exception] = []
+
+    async def run(job: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await job()
+        except Exception as error:
+            failures.append(error)
+
+    async with trio.open_nursery() as nursery:
+        for job in jobs:
+            nursery.start_soon(run, job)
+    if failures:
+        raise failures[0]

@@ -1,0 +1,481 @@
+"""Reference counts of the host clusters, and the allocation of free ones.
+
+See QEMU's docs/interop/qcow2.txt, "Host cluster management". Counts change in memory; metadata.py
+decides when the blocks are written.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from collections.abc import MutableSequence, Sequence
+from typing import NamedTuple, TypeAlias
+
+import trio
+
+from drivers.errors import RequestError
+from drivers.format.qcow2.imagefile import ImageFile
+from drivers.format.qcow2.layout import (
+    MAX_HOST_OFFSET,
+    MAX_REFCOUNT_TABLE_BYTES,
+    REFCOUNT_OFFSET_MASK,
+    REFCOUNT_RESERVED,
+)
+
+# A stretch of free clusters that is taken in hand at once ends after so many.
+MAX_WINDOW = 8192
+
+_TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
+
+
+class Packed(MutableSequence[int]):
+    """Counts narrower than a byte, the lowest bits first."""
+
+    def __init__(self, data: bytes | bytearray, order: int) -> None:
+        self.data = bytearray(data)
+        self._order = order
+        self._mask = (1 << (1 << order)) - 1
+        self._per_byte = 3 - order
+
+    def __len__(self) -> int:
+        return len(self.data) << self._per_byte
+
+    def _place(self, index: int) -> tuple[int, int]:
+        return index >> self._per_byte, (index & ((1 << self._per_byte) - 1)) << self._order
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        byte, shift = self._place(index)
+        return self.data[byte] >> shift & self._mask
+
+    def __setitem__(self, index, value) -> None:  # type: ignore[no-untyped-def]
+        byte, shift = self._place(index)
+        self.data[byte] = self.data[byte] & ~(self._mask << shift) | value << shift
+
+    def __delitem__(self, index) -> None:  # type: ignore[no-untyped-def]
+        raise TypeError("a refcount block has a fixed length")
+
+    def insert(self, index: int, value: int) -> None:
+        raise TypeError("a refcount block has a fixed length")
+
+
+Counts: TypeAlias = "array[int] | Packed"
+
+
+def unpack_counts(data: bytes | bytearray, order: int) -> Counts:
+    """The counts of a refcount block."""
+    if order < 3:
+        return Packed(data, order)
+    counts = array(_TYPECODES[order], bytes(data))
+    counts.byteswap()
+    return counts
+
+
+def pack_counts(counts: Counts) -> bytes:
+    if isinstance(counts, Packed):
+        return bytes(counts.data)
+    swapped = counts[:]
+    swapped.byteswap()
+    return swapped.tobytes()
+
+
+class Block:
+    """A refcount block in memory."""
+
+    __slots__ = ("counts", "dirty", "offset", "pins", "used")
+
+    def __init__(self, offset: int, counts: Counts) -> None:
+        self.offset = offset
+        self.counts = counts
+        self.dirty = False
+        self.used = True
+        # Being written: not to be dropped, since the file has not got it yet.
+        self.pins = 0
+
+
+class Run(NamedTuple):
+    """`clusters` neighbouring host clusters from `offset` on; `virgin`: they read as zeroes."""
+
+    offset: int
+    clusters: int
+    virgin: bool
+
+
+class Rewritten(NamedTuple):
+    """Refcounts in a new place: the blocks `moved` (index to offset) and the `table` in `run`. `free`:
+    clusters that are free as soon as the header leads there."""
+
+    table: array[int]
+    run: Run
+    moved: dict[int, int]
+    free: list[int]
+
+
+class Refcounts:
+    """The counts of `file`, at most `cache_size` bytes of them in memory (and as much as is not
+    written yet)."""
+
+    def __init__(self, file: ImageFile, table: array[int], *, cache_size: int) -> None:
+        self._file = file
+        self.table = table
+        self.order = file.header.refcount_order
+        self.maximum = (1 << (1 << self.order)) - 1
+        # log2 of the clusters that a block covers.
+        self.block_bits = file.cluster_bits + 3 - self.order
+        self._block_mask = (1 << self.block_bits) - 1
+        self.blocks: dict[int, Block] = {}
+        self._cache_blocks = max(4, cache_size >> file.cluster_bits)
+        self._lock = trio.Lock()
+        # Where the search for free clusters goes on.
+        self._cursor = 0
+        # Clusters that are known to be free, in the order in which they are handed out. Before the
+        # cursor there is none but these.
+        self._window, self._window_end = 0, 0
+        # From here on the file was never written: it reads as zeroes.
+        self.virgin = -(-file.node.size // file.cluster_size)
+        # The cluster that compressed data are being packed into; None once it is free again.
+        self.open_cluster: int | None = None
+        self._claim_table()
+
+    def _claim_table(self) -> None:
+        file, header = self._file, self._file.header
+        length = header.refcount_table_clusters << file.cluster_bits
+        file.claim(header.refcount_table_offset, length, "refcount-table")
+        for entry in self.table:
+            if offset := entry & REFCOUNT_OFFSET_MASK:
+                file.claim(offset, 1, "refcount-block")
+
+    # --- all at once ------------------------------------------------------------------------
+
+    async def rewrite(self, freed: Sequence[tuple[int, int]]) -> Rewritten:
+        """Write every block that changed to a new place, and a table that leads there; the file's own
+        table is not touched. `freed`, (first cluster, count) pairs, and what the old blocks and the
+        old table took up, have lost a reference in it."""
+        file = self._file
+        moved: dict[int, int] = {}
+        table_run: Run | None = None
+        for first, count in freed:
+            await self._touch(first, count)
+        while True:
+            todo = [index for index, block in self.blocks.items() if block.dirty and index not in moved]
+            for index in todo:
+                await self._touch(self.blocks[index].offset >> file.cluster_bits, 1)
+                moved[index] = (await self.allocate(1)).offset
+            clusters = file.header.refcount_table_clusters
+            if table_run is not None and table_run.clusters != clusters:
+                # Making room for all this, the table has grown.
+                await self.give_back(table_run)
+                table_run = None
+            if table_run is None:
+                table_run = await self.allocate(clusters)
+                await self._touch(file.header.refcount_table_offset >> file.cluster_bits, clusters)
+            elif not todo:
+                break
+        lost = [*freed, (file.header.refcount_table_offset >> file.cluster_bits, table_run.clusters)]
+        lost += [(self.blocks[index].offset >> file.cluster_bits, 1) for index in moved]
+        # From here on nothing is allocated: what is free now is not free in the file yet.
+        free = [cluster for run in lost for cluster in await self.add(*run, -1)]
+        table = self.table[:]
+        for index, offset in moved.items():
+            table[index] = offset
+            await file.write(offset, pack_counts(self.blocks[index].counts))
+        await file.write(table_run.offset, pack_table(table))
+        return Rewritten(table, table_run, moved, sorted(free))
+
+    async def _touch(self, cluster: int, count: int) -> None:
+        """The blocks of these clusters are going to change."""
+        for index in range(cluster >> self.block_bits, (cluster + count - 1 >> self.block_bits) + 1):
+            block = await self._block(index)
+            if block is None:
+                raise await self._out_of_range(index << self.block_bits, 0, -1)
+            block.dirty = True
+
+    def adopt(self, rewritten: Rewritten) -> None:
+        """The header leads to what rewrite() made."""
+        file = self._file
+        for index, offset in rewritten.moved.items():
+            block = self.blocks[index]
+            file.release(block.offset, 1)
+            block.offset, block.dirty = offset, False
+        for cluster in rewritten.free:
+            file.release(cluster << file.cluster_bits, 1)
+        self.table = rewritten.table
+        self._claim_table()
+
+    # --- blocks -----------------------------------------------------------------------------
+
+    def _block_now(self, index: int) -> Block | None:
+        block = self.blocks.get(index)
+        if block is not None:
+            block.used = True
+        return block
+
+    async def _block(self, index: int) -> Block | None:
+        """The block with that index of the table; None where there is none."""
+        block = self._block_now(index)
+        if block is not None:
+            return block
+        entry = self.table[index] if index < len(self.table) else 0
+        offset = entry & REFCOUNT_OFFSET_MASK
+        if not offset:
+            return None
+        if entry & REFCOUNT_RESERVED or offset & (self._file.cluster_size - 1) or offset >= MAX_HOST_OFFSET:
+            raise await self._file.corruption(
+                f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})"
+            )
+        counts = unpack_counts(await self._file.read(offset, self._file.cluster_size), self.order)
+        block = self.blocks.get(index)  # somebody else may have been faster
+        if block is None:
+            self._make_room()
+            block = self.blocks[index] = Block(offset, counts)
+        return block
+
+    def _make_room(self) -> None:
+        """Drop what is clean; what is dirty stays until the next commit."""
+        for _ in range(2 * len(self.blocks)):
+            if len(self.blocks) < self._cache_blocks:
+                return
+            index, block = next(iter(self.blocks.items()))
+            del self.blocks[index]
+            if block.dirty or block.pins or block.used:
+                block.used = False
+                self.blocks[index] = block
+
+    def take_dirty(self) -> list[Block]:
+        """The blocks to write, pinned until written() or failed()."""
+        dirty = [block for block in self.blocks.values() if block.dirty]
+        for block in dirty:
+            block.dirty = False
+            block.pins += 1
+        return dirty
+
+    def drop(self) -> None:
+        """Forget all that is in memory, since the file was changed behind it."""
+        self.blocks.clear()
+        self._window = self._window_end = self._cursor = 0
+        self.open_cluster = None
+
+    # --- counting ---------------------------------------------------------------------------
+
+    async def get(self, cluster: int) -> int:
+        block = await self._block(cluster >> self.block_bits)
+        return 0 if block is None else block.counts[cluster & self._block_mask]
+
+    async def counts(self, index: int) -> Counts | None:
+        """The counts of the block with that index. Good until the next await."""
+        block = await self._block(index)
+        return None if block is None else block.counts
+
+    async def add(self, cluster: int, count: int, delta: int) -> list[int]:
+        """Change the counts of `count` clusters by `delta`; the clusters that are free now. All or,
+        with RequestError, none."""
+        done: list[tuple[Block, int]] = []
+        freed: list[int] = []
+        try:
+            for index in range(cluster, cluster + count):
+                block = await self._block(index >> self.block_bits)
+                value = 0 if block is None else block.counts[index & self._block_mask]
+                if block is None or not 0 <= value + delta <= self.maximum:
+                    raise await self._out_of_range(index, value, delta)
+                block.counts[index & self._block_mask] = value + delta
+                block.dirty = True
+                done.append((block, index))
+                if not value + delta:
+                    freed.append(index)
+        except BaseException:
+            for block, index in done:
+                block.counts[index & self._block_mask] -= delta
+            raise
+        if freed:
+            # The lowest free clusters are used first, so that the file stays small.
+            if self._window < self._window_end:
+                self._cursor = min(self._cursor, self._window)
+            self._cursor = min(self._cursor, freed[0])
+            self._window = self._window_end = self._cursor
+            if self.open_cluster in freed:
+                self.open_cluster = None
+        return freed
+
+    async def _out_of_range(self, cluster: int, value: int, delta: int) -> RequestError:
+        if delta > 0 and value:
+            return RequestError(errno.EINVAL, "a reference count would exceed its width")
+        return await self._file.corruption(
+            f"Reference count of cluster {cluster} is {value}, which cannot be changed by {delta:+d}"
+        )
+
+    # --- allocating -------------------------------------------------------------------------
+
+    def allocate_now(self, count: int, *, fewer: bool = False, virgin: bool = False) -> Run | None:
+        """`count` neighbouring free clusters, the caller's from now on, or None if they are not at
+        hand without waiting. `fewer`: at least one will do. `virgin`: they must read as zeroes."""
+        start = self._window
+        available = self._window_end - start
+        if available < count:
+            if not fewer or available <= 0:
+                return None
+            count = available
+        is_virgin = start >= self.virgin
+        block = self.blocks.get(start >> self.block_bits)
+        if block is None or (virgin and not is_virgin):
+            return None
+        if not self._file.node.grow((start + count) << self._file.cluster_bits):
+            return None
+        counts = block.counts
+        first = start & self._block_mask
+        for index in range(first, first + count):
+            counts[index] = 1
+        block.dirty = True
+        self._window = start + count
+        if start + count > self.virgin:
+            self.virgin = start + count
+        return Run(start << self._file.cluster_bits, count, is_virgin)
+
+    async def allocate(self, count: int, *, fewer: bool = False) -> Run:
+        """Like allocate_now(); waits for what it takes. RequestError(ENOSPC) where there is none."""
+        async with self._lock:
+            run = self.allocate_now(count, fewer=fewer)
+            while run is None:
+                # What is left of the window is too short, or its block was dropped.
+                await self._find_window(1 if fewer else count)
+                run = self.allocate_now(count, fewer=fewer)
+                end = self._window + (1 if fewer else count)
+                if run is None and not self._file.node.grow(end << self._file.cluster_bits):
+                    raise RequestError(errno.ENOSPC)
+            return run
+
+    async def give_back(self, run: Run) -> None:
+        """Undo an allocation that nothing refers to."""
+        with trio.CancelScope(shield=True):
+            await self.add(run.offset >> self._file.cluster_bits, run.clusters, -1)
+
+    async def _find_window(self, count: int) -> None:
+        """Look for `count` free neighbours; makes a new block where none covers what follows."""
+        if count > 1 << self.block_bits:
+            raise RequestError(errno.ENOSPC, "no such long run of clusters can be allocated")
+        at = self._cursor
+        if self._window < self._window_end and self._window >> self.block_bits not in self.blocks:
+            at = min(at, self._window)
+        while True:
+            index = at >> self.block_bits
+            if (at << self._file.cluster_bits) + (count << self._file.cluster_bits) > MAX_HOST_OFFSET:
+                raise RequestError(errno.ENOSPC)
+            block = await self._block(index)
+            if block is None:
+                await self._new_block(index)
+                continue
+            start, end = _free_run(block.counts, at & self._block_mask, count)
+            base = index << self.block_bits
+            if end - start >= count:
+                if not self._file.owners.keys().isdisjoint(range(base + start, base + end)):
+                    raise await self._file.corruption("Preventing invalid allocation of clusters in use")
+                self._window, self._window_end = base + start, base + end
+                self._cursor = base + end
+                return
+            at = base + len(block.counts)
+
+    async def _new_block(self, index: int) -> None:
+        """Make the block with that index; it lies in the first cluster that it covers. It is in the
+        table, durably, before anything relies on it."""
+        file = self._file
+        if index >= len(self.table):
+            await self._grow_table(index)
+            return
+        cluster = index << self.block_bits
+        offset = cluster << file.cluster_bits
+        await file.protect(offset, file.cluster_size)
+        counts = unpack_counts(bytes(file.cluster_size), self.order)
+        counts[0] = 1
+        await file.write(offset, pack_counts(counts))
+        await file.flush()
+        entry = offset.to_bytes(8, "big")
+        await file.write(file.header.refcount_table_offset + 8 * index, entry)
+        self.table[index] = offset
+        file.claim(offset, 1, "refcount-block")
+        self._make_room()
+        self.blocks[index] = Block(offset, counts)
+        self.virgin = max(self.virgin, cluster + 1)
+
+    async def _grow_table(self, index: int) -> None:
+        """Move the table to where there is room for a block with that index and half as many
+        again. Blocks for the new table's own clusters come with it, at the start of what the old
+        table does not cover."""
+        file = self._file
+        start = len(self.table) << self.block_bits
+        start = max(start, self.virgin + self._block_mask & ~self._block_mask, index << self.block_bits)
+        first = start >> self.block_bits
+        entries_per_cluster = file.cluster_size // 8
+        blocks = 1
+        while True:
+            entries = max((first + blocks) * 3 // 2, first + blocks + 1)
+            clusters = -(-entries // entries_per_cluster)
+            needed = -(-(blocks + clusters) // (1 << self.block_bits))
+            if needed <= blocks:
+                break
+            blocks = needed
+        if clusters * file.cluster_size > MAX_REFCOUNT_TABLE_BYTES:
+            raise RequestError(errno.ENOSPC, "the refcount table cannot grow any more")
+        table = self.table[:]
+        table.extend([0] * (clusters * entries_per_cluster - len(table)))
+        new: dict[int, Block] = {}
+        used = blocks + clusters
+        for number in range(blocks):
+            counts = unpack_counts(bytes(file.cluster_size), self.order)
+            for cluster in range(min(len(counts), max(0, used - (number << self.block_bits)))):
+                counts[cluster] = 1
+            offset = (start + number) << file.cluster_bits
+            await file.write(offset, pack_counts(counts))
+            table[first + number] = offset
+            new[first + number] = Block(offset, counts)
+        table_offset = (start + blocks) << file.cluster_bits
+        await file.write(table_offset, pack_table(table))
+        await file.flush()
+        old_offset, old_clusters = file.header.refcount_table_offset, file.header.refcount_table_clusters
+        await file.update_header(refcount_table_offset=table_offset, refcount_table_clusters=clusters)
+        await file.flush()
+        file.release(old_offset, old_clusters << file.cluster_bits)
+        self.table = table
+        self.blocks.update(new)
+        self.virgin = max(self.virgin, start + used)
+        self._claim_table()
+        await self.add(old_offset >> file.cluster_bits, old_clusters, -1)
+
+
+def _free_run(counts: Counts, start: int, wanted: int) -> tuple[int, int]:
+    """The first stretch of at least `wanted` zeroes from `start` on; an empty one if there is none."""
+    length = len(counts)
+    while start < length:
+        try:
+            start = counts.index(0, start)
+        except ValueError:
+            break
+        end = start + 1
+        limit = min(length, start + max(MAX_WINDOW, wanted))
+        while end < limit and not counts[end]:
+            end += 1
+        if end - start >= wanted:
+            return start, end
+        start = end
+    return length, length
+
+
+def neighbours(clusters: list[int]) -> list[tuple[int, int]]:
+    """Ascending cluster numbers as (first, count)."""
+    runs: list[tuple[int, int]] = []
+    for cluster in clusters:
+        if runs and sum(runs[-1]) == cluster:
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((cluster, 1))
+    return runs
+
+
+def pack_table(table: array[int]) -> bytes:
+    """A table of 64-bit entries as it lies in the file."""
+    swapped = table[:]
+    swapped.byteswap()
+    return swapped.tobytes()
+
+
+def unpack_table(data: bytes | bytearray) -> array[int]:
+    table = array("Q", bytes(data))
+    table.byteswap()
+    return table
