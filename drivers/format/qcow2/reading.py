@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
@@ -40,22 +41,31 @@ class Reader:
         image, mapping = self._image, self._mapping
         if image.crypt is not None:
             return None
-        cluster = offset >> self._bits
-        if (offset + length - 1) >> self._bits == cluster and not mapping.extended:
-            # Most requests lie in one cluster.
-            found = mapping.slices.get(cluster >> self._slice_bits)
-            if found is not None:
-                found.used = True
-                entry = found.entries[cluster & self._slice_mask]
-                host = entry & OFFSET_MASK
-                if host and not (entry & (COMPRESSED | ZERO | self._mask & OFFSET_MASK)):
-                    host += offset & self._mask
-                    if host + length <= image.data.size:
-                        return self._data_plain(host, length)
+        first, last = offset >> self._bits, (offset + length - 1) >> self._bits
+        found = mapping.slices.get(first >> self._slice_bits)
+        if found is not None and not mapping.extended:
+            # Most requests lie in one cluster, or in neighbours that are neighbours in the file too.
+            found.used = True
+            at = first & self._slice_mask
+            entry = found.entries[at]
+            host = entry & OFFSET_MASK
+            if (
+                host
+                and not entry & (COMPRESSED | ZERO | self._mask & OFFSET_MASK)
+                and (first == last or self._in_a_row(found.entries, at, last - first + 1))
+            ):
+                host += offset & self._mask
+                if host + length <= image.data.size:
+                    return self._data_plain(host, length)
         pieces: list[Piece] = []
         if mapping.pieces(offset, offset + length, pieces) != offset + length:
             return None
         return self._spans(offset, pieces)
+
+    def _in_a_row(self, entries: array[int], at: int, count: int) -> bool:
+        """Whether `count` L2 entries from `at` on lead to neighbours in the file."""
+        first, step = entries[at], self._mask + 1
+        return entries[at : at + count] == array("Q", range(first, first + count * step, step))
 
     def _spans(self, offset: int, pieces: list[Piece]) -> list[Span] | None:
         image = self._image
