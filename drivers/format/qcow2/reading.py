@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from drivers.block.extents import Extent, ExtentFlags, Span
+from drivers.block.inline import read_now
 from drivers.block.node import MAX_EXTENTS, Node
 from drivers.crypto.cipher import in_turns
 from drivers.format.qcow2.compress import decompress
@@ -102,18 +103,35 @@ class Reader:
             jobs: list[Callable[[], Awaitable[None]]] = []
             for piece in pieces:
                 part = buffer[done : done + piece.length]
-                jobs.append(self._job(piece, offset + done, part))
+                if not self._read_now(piece, offset + done, part):
+                    jobs.append(self._job(piece, offset + done, part))
                 done += piece.length
-            await together(jobs)
+            if jobs:
+                await together(jobs)
+
+    def _read_now(self, piece: Piece, offset: int, part: memoryview) -> bool:
+        """Fill `part` if that needs no waiting."""
+        image = self._image
+        if piece.kind == DATA:
+            inside = piece.host + len(part) <= image.data.size
+            return image.crypt is None and inside and read_now(image.data, piece.host, part)
+        if piece.kind in (HOLE, RESERVED) and (reach := image.backing_length(offset, len(part))):
+            assert image.backing is not None
+            if not read_now(image.backing, offset, part[:reach]):
+                return False
+            part[reach:] = bytes(len(part) - reach)
+            return True
+        if piece.kind == DEFLATED:
+            return False
+        part[:] = bytes(len(part))
+        return True
 
     def _job(self, piece: Piece, offset: int, part: memoryview) -> Callable[[], Awaitable[None]]:
         if piece.kind == DATA:
             return lambda: self._read_data(piece.host, offset, part)
         if piece.kind == DEFLATED:
             return lambda: self._read_compressed(piece.host, offset, part)
-        if piece.kind in (HOLE, RESERVED):
-            return lambda: self._read_backing(offset, part)
-        return lambda: _zero(part)
+        return lambda: self._read_backing(offset, part)
 
     async def _read_data(self, host: int, offset: int, part: memoryview) -> None:
         image = self._image
@@ -200,10 +218,6 @@ async def read_padded(node: Node, offset: int, buffer: memoryview) -> None:
     if inside:
         await node.read_into(offset, buffer[:inside])
     buffer[inside:] = bytes(len(buffer) - inside)
-
-
-async def _zero(part: memoryview) -> None:
-    part[:] = bytes(len(part))
 
 
 async def together(jobs: list[Callable[[], Awaitable[None]]]) -> None:
