@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import structlog
 
 from drivers.block.extents import Extent
 from drivers.block.graph import OpenContext
-from drivers.block.image import ImageInfo, ImageNode
+from drivers.block.image import CreateContext, ImageInfo, ImageNode, Measurement
 from drivers.block.limits import Limits
 from drivers.block.node import Node, OpenFlags, Preallocation
 from drivers.block.permission import ALL, Permission
 from drivers.errors import ImageError, RequestError
+from drivers.format.qcow2.bitmaps import StoredBitmaps
+from drivers.format.qcow2.encryption import unlock
 from drivers.format.qcow2.header import CryptMethod, Incompatible
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.imagefile import ImageFile
+from drivers.format.qcow2.new import CREATE_OPTIONS
 from drivers.format.qcow2.opening import open_backing, open_data_file, read_header, read_tables
 from drivers.format.qcow2.options import take_options
 from drivers.format.qcow2.reading import Reader
 from drivers.format.qcow2.resizing import resize
+from drivers.format.qcow2.snapshots import Qcow2Snapshots, read_snapshots
 from drivers.format.qcow2.unmapping import Unmapper
 from drivers.format.qcow2.writing import Writer
 from drivers.options.schema import Options
@@ -32,6 +38,7 @@ class Qcow2Node(ImageNode):
     """`image` does the work; here it meets the block layer."""
 
     driver_name = "qcow2"
+    create_options = CREATE_OPTIONS
 
     def __init__(self, image: Image, *, flags: OpenFlags, name: str = "") -> None:
         header = image.header
@@ -46,6 +53,7 @@ class Qcow2Node(ImageNode):
         self.backing: Node | None = None
         self._reader = Reader(image)
         self._writer = Writer(image, self._reader)
+        self.stored_bitmaps = StoredBitmaps(self, image)
         self._unmapper = Unmapper(image, self._writer)
         # One call less for every request of the hot path.
         self._plain = self._reader.plain  # type: ignore[method-assign]
@@ -60,7 +68,7 @@ class Qcow2Node(ImageNode):
         if file_node.flags.read_only and flags.auto_read_only:
             flags = replace(flags, read_only=True)
         header = await read_header(file_node)
-        if header.incompatible & Incompatible.CORRUPT and not flags.read_only:
+        if header.incompatible & Incompatible.CORRUPT and not flags.read_only and not flags.for_check:
             raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
         settings = take_options(options, header, flags)
         file = ImageFile(
@@ -70,11 +78,17 @@ class Qcow2Node(ImageNode):
             on_corruption=lambda reason: log.error("qcow2", image=context.name, problem=reason),
         )
         l1, refcount_table = await read_tables(file)
+        snapshots = await read_snapshots(file)
         data = await open_data_file(context, options, header)
         backing = await open_backing(context, options, header)
         image = Image(file, data or file_node, settings, l1=l1, refcount_table=refcount_table)
+        image.crypt, image.volume = await unlock(file_node, header, options, context.graph.objects)
+        image.crypt_by_guest = header.crypt_method == CryptMethod.AES
         node = cls(image, flags=flags, name=context.name)
+        node.snapshots = Qcow2Snapshots(node, image, *snapshots)
+        await node.snapshots.claim_all()
         await node.use("file", file_node)
+        await node._load_bitmaps()
         if data is not None:
             await node.use("data-file", data)
         if backing is not None:
@@ -134,14 +148,98 @@ class Qcow2Node(ImageNode):
             raise RequestError(errno.ENOTSUP)
         if size % 512:
             raise RequestError(errno.EINVAL, "The new size must be a multiple of 512")
+        self.check_resizable()
         await resize(self.image, self._unmapper, size)
 
     async def _close(self) -> None:
         image = self.image
         if not self.flags.read_only and not image.file.corrupt:
-            await image.metadata.finish()
+            try:
+                await self.stored_bitmaps.store()
+            finally:
+                await image.metadata.finish()
+
+    # --- snapshots --------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Inside, no request is in flight, and the image stays open."""
+        async with self._reshaping, self.requests.quiesced():
+            self._check_alive()
+            yield
+
+    def check_resizable(self) -> None:
+        """Raises RequestError where something speaks against another size."""
+        for bitmap in self.bitmaps.values():
+            if bitmap.busy:
+                problem = "currently in use by another operation and cannot be used"
+            elif bitmap.inconsistent:
+                problem = (
+                    "inconsistent and cannot be used\n"
+                    "Try block-dirty-bitmap-remove to delete this bitmap from disk"
+                )
+            else:
+                continue
+            raise RequestError(errno.ENOTSUP, f"Bitmap '{bitmap.name}' is {problem}")
+
+    def became(self, size: int) -> None:
+        """The disk is another one now, of `size` bytes."""
+        self.size = size
+        for bitmap in self.bitmaps.values():
+            bitmap.resize(size)
+        self._mark(0, size)
+
+    # --- bitmaps ----------------------------------------------------------------------------
+
+    async def _load_bitmaps(self) -> None:
+        try:
+            await self.stored_bitmaps.load()
+        except ImageError as error:
+            if not self.flags.read_only:
+                raise
+            # The disk can be read without them.
+            for name in list(self.bitmaps):
+                self.untrack(name)
+            log.warning("qcow2", image=self.name, problem=f"The bitmaps cannot be used: {error}")
+        if self.stored_bitmaps.to_prepare and not self.flags.read_only:
+            self.image.metadata.before_writing = self._prepare
+            self._plain_write = self._nothing_plain  # type: ignore[method-assign]
+
+    def _nothing_plain(self, offset: int, length: int, /) -> None:
+        """Stands for plain_write() as long as the file has to be told something first."""
+
+    async def _prepare(self) -> None:
+        await self.stored_bitmaps.prepare()
+        self._plain_write = self._writer.plain_write  # type: ignore[method-assign]
+
+    async def add_bitmap(self, name: str, granularity: int | None = None, *, enabled: bool = True) -> None:
+        self._check_changeable()
+        self.stored_bitmaps.add(name, granularity, enabled=enabled)
+
+    async def remove_bitmap(self, name: str) -> None:
+        self._check_changeable()
+        async with self.alone():
+            await self.stored_bitmaps.remove(name)
+
+    def _check_changeable(self) -> None:
+        self._check_alive()
+        if self.flags.read_only:
+            raise RequestError(errno.EPERM, "the image is read-only")
+        self.image.check_writable()
 
     # --- image tools ------------------------------------------------------------------------
+
+    @classmethod
+    async def create(cls, context: CreateContext, options: Options, /) -> None:
+        from drivers.format.qcow2.create import create  # only image tools need it
+
+        await create(context, options)
+
+    @classmethod
+    async def measure(cls, options: Options, source: Node | None, /) -> Measurement:
+        from drivers.format.qcow2.measure import measure
+
+        return await measure(options, source)
 
     async def info(self) -> ImageInfo:
         header = self.image.header

@@ -75,6 +75,8 @@ def _only_file(tree: Tree) -> Tree:
 
 async def open_backing(context: OpenContext, options: Options, header: Header) -> Node | None:
     """The backing file, opened read-only; None if there is none, or the user wants none."""
+    if context.flags.no_backing and "backing" not in options:
+        return None
     if "backing" in options:
         reference = options.reference("backing")
         if not reference:
