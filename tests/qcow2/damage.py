@@ -137,6 +137,8 @@ class Damage:
         if not found:
             return
         at, entry = self.random.choice(found)
+        if at + SnapshotEntry.FIXED.size > len(self.data):
+            return
         if self.random.random() < 0.5:
             self.put(at, self._entry(entry.l1_table_offset) & OFFSET_MASK, "snapshot's L1 offset")
         else:
