@@ -71,8 +71,8 @@ class SnapshotCheck:
             if not inspection.fix_errors:
                 raise inspection.fail(
                     errno.EFBIG,
-                    f"ERROR failed to read the snapshot table: Too much extra metadata in snapshot table entry "
-                    f"{index}\nYou can force-remove this extra metadata with qemu-img check -r all",
+                    "ERROR failed to read the snapshot table: Too much extra metadata in snapshot table "
+                    f"entry {index}\nYou can force-remove this extra metadata with qemu-img check -r all",
                 )
             inspection.say(
                 f"Discarding too much extra metadata in snapshot table entry {index} "
