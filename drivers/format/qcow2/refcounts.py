@@ -254,6 +254,15 @@ class Refcounts:
         self._window = self._window_end = self._cursor = 0
         self.open_cluster = None
 
+    def replace(self, table: array[int]) -> None:
+        """Another table, which the header names already, is in the file."""
+        for entry in self.table:
+            if offset := entry & REFCOUNT_OFFSET_MASK:
+                self._file.release(offset, 1)
+        self.drop()
+        self.table = table
+        self._claim_table()
+
     # --- counting ---------------------------------------------------------------------------
 
     async def get(self, cluster: int) -> int:
