@@ -12,6 +12,7 @@ from drivers.options.backing import resolve_backing
 from drivers.options.schema import Value
 from drivers.units import format_size
 from nbdclient.image import render
+from nbdclient.image.session import guest_size
 
 
 @dataclass
@@ -109,7 +110,7 @@ async def describe(node: Node, filename: str, *, image_opts: bool = False) -> De
     return Description(
         filename=filename,
         driver_name=node.driver_name,
-        size=node.size,
+        size=guest_size(node),
         allocated=await node.allocated_size(),
         info=await node.info() if isinstance(node, ImageNode) else ImageInfo(),
         snapshots=node.snapshots.list() if is_image and node.snapshots is not None else (),

@@ -26,6 +26,8 @@ from nbdclient.image.__main__ import complain, in_words
 
 T = TypeVar("T")
 
+SECTOR = 512
+
 READING = Permission.CONSISTENT_READ
 WRITING = Permission.CONSISTENT_READ | Permission.WRITE
 RESIZING = WRITING | Permission.RESIZE
@@ -147,6 +149,11 @@ class ConflictError(OptionError):
     """The command line contradicts the image options: no file has to do with it."""
 
 
+def guest_size(node: Node) -> int:
+    """`node`'s size as image tools tell it: in whole sectors."""
+    return -(-node.size // SECTOR) * SECTOR
+
+
 def backing_of(node: Node) -> Node | None:
     return node.backing if isinstance(node, ImageNode) else None
 
@@ -161,5 +168,5 @@ def chain(node: Node) -> list[Node]:
 
 __all__ = [
     *("NONE", "READING", "RESIZING", "UNCHANGING", "WRITING"),
-    *("Images", "backing_of", "cache_flags", "chain", "run", "warn"),
+    *("Images", "backing_of", "SECTOR", "cache_flags", "chain", "guest_size", "run", "warn"),
 ]
