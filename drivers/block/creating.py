@@ -133,7 +133,9 @@ class NewImage:
         own = {option.name for option in self.driver.create_options}
         # A format without a preallocation of its own (raw) passes the word on.
         own.add("preallocation")
-        values = {name: typed(cast(CreateOption, self._option(name)), text) for name, text in self.given.items()}
+        values = {
+            name: typed(cast(CreateOption, self._option(name)), text) for name, text in self.given.items()
+        }
         storage = {name: value for name, value in values.items() if name not in own}
         return nest((tuple(name.split(".")), value) for name, value in values.items() if name in own), storage
 
@@ -173,16 +175,13 @@ async def complete_backing(
     if backing is not None and not unchecked:
         path = resolve_backing(image.filename, backing)
         try:
-            node = await open_image(
-                image.graph, path, backing_format, OpenFlags(read_only=True), warn=warn
-            )
+            node = await open_image(image.graph, path, backing_format, OpenFlags(read_only=True), warn=warn)
         except Error as error:
             raise OptionError(f"{error}\nCould not open backing image.") from None
         try:
             if backing_format is None:
                 raise OptionError(
-                    "Backing file specified without backing format\n"
-                    f"Detected format of {node.driver_name}."
+                    f"Backing file specified without backing format\nDetected format of {node.driver_name}."
                 )
             if image.size is None:
                 image.set("size", str(node.size))
@@ -207,16 +206,14 @@ async def make_image(image: NewImage, *, warn: Callable[[str], object]) -> bool:
         options.finish()
     except OSError as error:
         if error.errno == errno.EFBIG:
-            raise OptionError(
-                f"The image size is too large for file format '{image.image_format}'"
-            ) from None
+            raise OptionError(f"The image size is too large for file format '{image.image_format}'") from None
         raise OptionError(str(error) if isinstance(error, Error) else error.strerror or "") from None
     finally:
         with trio.CancelScope(shield=True):
             await context.aclose()
     # The data of an image with preallocated clusters lies where something else may have been.
     unallocated = image.image_format != "raw" and image.given.get("preallocation", "off") == "off"
-    return unallocated or not context.reused and not any(name.startswith("encrypt") for name in image.given)
+    return unallocated or (not context.reused and not any(name.startswith("encrypt") for name in image.given))
 
 
 class _Creation:

@@ -11,6 +11,7 @@ import trio
 
 from drivers.block.node import Node, OpenFlags
 from drivers.errors import OptionError
+from drivers.objects.store import ObjectStore
 from drivers.options.schema import Options, Tree, Value
 
 
@@ -90,14 +91,18 @@ class OpenContext:
 
 
 class Graph:
-    """The open nodes of one program, by name. Nothing is shared between two graphs.
+    """The open nodes of one program, by name, and the objects that they may refer to. Nothing is
+    shared between two graphs.
 
     `untrusted`: what an image itself names (a backing file, a data file) is not opened; only what
     the user named is.
     """
 
-    def __init__(self, catalog: DriverCatalog, *, untrusted: bool = False) -> None:
+    def __init__(
+        self, catalog: DriverCatalog, objects: ObjectStore | None = None, *, untrusted: bool = False
+    ) -> None:
         self.catalog = catalog
+        self.objects = ObjectStore() if objects is None else objects
         self.untrusted = untrusted
         self.nodes: dict[str, Node] = {}
         self._numbers = itertools.count()

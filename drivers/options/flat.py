@@ -38,10 +38,7 @@ def parse_flat(
             written = name
             name, value = (name[2:], "off") if name.startswith("no") else (name, "on")
             if warn is not None and written not in ("help", "?"):
-                warn(
-                    f"short-form boolean option '{written}' deprecated\n"
-                    f"Please use {name}={value} instead"
-                )
+                warn(f"short-form boolean option '{written}' deprecated\nPlease use {name}={value} instead")
             if written in ("help", "?"):
                 name = written
         yield name, value

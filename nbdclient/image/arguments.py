@@ -13,7 +13,17 @@ from drivers.units import TooLargeError, parse_size
 
 __all__ = [
     *("Given", "Opt", "UsageError", "getopt", "number", "parse"),
-    *("CACHE", "FORCE_SHARE", "FORMAT", "IMAGE_OPTS", "OBJECT", "OUTPUT", "PROGRESS", "QUIET", "SOURCE_CACHE"),
+    *(
+        "CACHE",
+        "FORCE_SHARE",
+        "FORMAT",
+        "IMAGE_OPTS",
+        "OBJECT",
+        "OUTPUT",
+        "PROGRESS",
+        "QUIET",
+        "SOURCE_CACHE",
+    ),
 ]
 
 MAX_INT64 = (1 << 63) - 1

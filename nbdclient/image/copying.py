@@ -292,9 +292,7 @@ class Copy:
             return
         done = 0
         minimum = self._minimum if self._sparse else length + 1
-        for start, end in data_runs(
-            buffer, length, granule=self._granule, minimum=minimum, phase=offset
-        ):
+        for start, end in data_runs(buffer, length, granule=self._granule, minimum=minimum, phase=offset):
             if start > done:
                 await self._zero(offset + done, start - done)
             await self._put(offset + start, memoryview(buffer)[start:end])

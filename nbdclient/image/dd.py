@@ -76,9 +76,7 @@ async def _copy(
     try:
         await make_image(image, warn=warn)
     except (Error, OSError) as error:
-        raise OptionError(
-            f"{operands['of']}: error while creating output image: {in_words(error)}"
-        ) from None
+        raise OptionError(f"{operands['of']}: error while creating output image: {in_words(error)}") from None
     target = await images.open(operands["of"], image_format, needed=WRITING)
     if start > end:
         complain(f"{operands['if']}: cannot skip to specified offset")

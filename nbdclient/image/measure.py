@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 
 from drivers.errors import OptionError
 from drivers.options.flat import parse_flat
-from nbdclient.image.arguments import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Given, Opt, number, parse
+from nbdclient.image.arguments import (
+    FORCE_SHARE,
+    FORMAT,
+    IMAGE_OPTS,
+    OBJECT,
+    OUTPUT,
+    Given,
+    Opt,
+    number,
+    parse,
+)
 
 if TYPE_CHECKING:
     from drivers.block.image import Measurement

@@ -53,9 +53,7 @@ async def _resize(images: Images, given: Given, sign: str, amount: int) -> None:
     from drivers.block.node import Preallocation
     from nbdclient.image.session import RESIZING, guest_size
 
-    node = await images.open(
-        given.operands[0], given.format, image_opts=given.image_opts, needed=RESIZING
-    )
+    node = await images.open(given.operands[0], given.format, image_opts=given.image_opts, needed=RESIZING)
     preallocation = Preallocation(given.values.get("preallocation", "off"))
     total = {"": amount, "+": guest_size(node) + amount, "-": guest_size(node) - amount}[sign]
     if total <= 0:

@@ -15,7 +15,7 @@ from drivers.block.graph import Graph
 from drivers.block.image import ImageNode
 from drivers.block.node import Node, OpenFlags
 from drivers.block.opening import image_tree, open_options
-from drivers.block.permission import ALL, NONE, Permission
+from drivers.block.permission import ALL, Permission
 from drivers.catalog import Catalog
 from drivers.errors import Error, OptionError
 from drivers.options.flat import parse_flat

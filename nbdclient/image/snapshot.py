@@ -9,7 +9,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from drivers.errors import Error, OptionError
-from nbdclient.image.arguments import FORCE_SHARE, IMAGE_OPTS, OBJECT, QUIET, Given, Opt, UsageError, getopt, parse
+from nbdclient.image.arguments import (
+    FORCE_SHARE,
+    IMAGE_OPTS,
+    OBJECT,
+    QUIET,
+    Given,
+    Opt,
+    UsageError,
+    getopt,
+    parse,
+)
 
 if TYPE_CHECKING:
     from drivers.block.image import Snapshots
@@ -98,7 +108,9 @@ async def _apply(snapshots: Snapshots | None, name: str) -> None:
     try:
         await snapshots.apply(name)
     except (Error, OSError) as error:
-        raise OptionError(f"{failed}: Failed to load snapshot: {getattr(error, 'strerror', None) or error}") from None
+        raise OptionError(
+            f"{failed}: Failed to load snapshot: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 async def _delete(snapshots: Snapshots | None, name: str) -> None:
@@ -109,4 +121,6 @@ async def _delete(snapshots: Snapshots | None, name: str) -> None:
     try:
         await snapshots.delete(found.id)
     except (Error, OSError) as error:
-        raise OptionError(f"Could not delete snapshot '{name}': {getattr(error, 'strerror', None) or error}") from None
+        raise OptionError(
+            f"Could not delete snapshot '{name}': {getattr(error, 'strerror', None) or error}"
+        ) from None

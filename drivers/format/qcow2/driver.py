@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import structlog
 
 from drivers.block.extents import Extent
 from drivers.block.graph import OpenContext
-from drivers.block.image import CreateContext, ImageInfo, ImageNode, Measurement
+from drivers.block.image import (
+    CheckReport,
+    CreateContext,
+    ImageInfo,
+    ImageNode,
+    Measurement,
+    Repair,
+)
 from drivers.block.limits import Limits
 from drivers.block.node import Node, OpenFlags, Preallocation
 from drivers.block.permission import ALL, Permission
 from drivers.errors import ImageError, RequestError
-from drivers.format.qcow2.header import CryptMethod, Incompatible
+from drivers.format.qcow2.bitmaps import StoredBitmaps
+from drivers.format.qcow2.description import describe
+from drivers.format.qcow2.encryption import unlock
+from drivers.format.qcow2.header import CryptMethod, Header, Incompatible
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.imagefile import ImageFile
 from drivers.format.qcow2.new import CREATE_OPTIONS
 from drivers.format.qcow2.opening import open_backing, open_data_file, read_header, read_tables
 from drivers.format.qcow2.options import take_options
+from drivers.format.qcow2.preallocating import preallocate
 from drivers.format.qcow2.reading import Reader
 from drivers.format.qcow2.resizing import resize
+from drivers.format.qcow2.snapshots import Qcow2Snapshots, read_snapshots
 from drivers.format.qcow2.unmapping import Unmapper
 from drivers.format.qcow2.writing import Writer
 from drivers.options.schema import Options
@@ -48,6 +62,7 @@ class Qcow2Node(ImageNode):
         self.backing: Node | None = None
         self._reader = Reader(image)
         self._writer = Writer(image, self._reader)
+        self.stored_bitmaps = StoredBitmaps(self, image)
         self._unmapper = Unmapper(image, self._writer)
         # One call less for every request of the hot path.
         self._plain = self._reader.plain  # type: ignore[method-assign]
@@ -61,7 +76,7 @@ class Qcow2Node(ImageNode):
         flags = context.flags
         if file_node.flags.read_only and flags.auto_read_only:
             flags = replace(flags, read_only=True)
-        header = await read_header(file_node)
+        header = await read_header(file_node, for_check=flags.for_check)
         if header.incompatible & Incompatible.CORRUPT and not flags.read_only and not flags.for_check:
             raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
         settings = take_options(options, header, flags)
@@ -72,17 +87,32 @@ class Qcow2Node(ImageNode):
             on_corruption=lambda reason: log.error("qcow2", image=context.name, problem=reason),
         )
         l1, refcount_table = await read_tables(file)
+        snapshots = ([], 0) if flags.for_check else await read_snapshots(file)
         data = await open_data_file(context, options, header)
         backing = await open_backing(context, options, header)
         image = Image(file, data or file_node, settings, l1=l1, refcount_table=refcount_table)
+        image.crypt, image.volume = await unlock(file_node, header, options, context.graph.objects)
+        image.crypt_by_guest = header.crypt_method == CryptMethod.AES
         node = cls(image, flags=flags, name=context.name)
+        node.snapshots = Qcow2Snapshots(node, image, *snapshots)
         await node.use("file", file_node)
+        if header.incompatible & Incompatible.DIRTY and not flags.read_only and not flags.for_check:
+            await node._repair_dirty()
+        else:
+            await node.snapshots.claim_all()
+        await node._load_bitmaps()
         if data is not None:
             await node.use("data-file", data)
         if backing is not None:
             await node.use("backing", backing)
             image.backing = node.backing = backing
         return node
+
+    async def _repair_dirty(self) -> None:
+        """Whoever wrote last with lazy refcounts did not come to an end: count anew."""
+        report = await self.check(Repair.ALL)
+        if report.check_errors or report.corruptions:
+            raise ImageError("qcow2: Could not repair dirty image")
 
     def _child_permissions(
         self, role: str, needed: Permission, shared: Permission, /
@@ -132,16 +162,91 @@ class Qcow2Node(ImageNode):
         return await self._reader.block_status(offset, length)
 
     async def _truncate(self, size: int, /, *, preallocation: Preallocation) -> None:
-        if preallocation is not Preallocation.OFF:
-            raise RequestError(errno.ENOTSUP)
+        if preallocation is not Preallocation.OFF and size < self.size:
+            raise RequestError(errno.ENOTSUP, "Preallocation can't be used for shrinking an image")
         if size % 512:
             raise RequestError(errno.EINVAL, "The new size must be a multiple of 512")
+        self.check_resizable()
+        before = self.size
         await resize(self.image, self._unmapper, size)
+        if preallocation is not Preallocation.OFF and size > before:
+            await preallocate(self.image, before, size, preallocation)
 
     async def _close(self) -> None:
         image = self.image
         if not self.flags.read_only and not image.file.corrupt:
-            await image.metadata.finish()
+            try:
+                await self.stored_bitmaps.store()
+            finally:
+                await image.metadata.finish()
+
+    # --- snapshots --------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Inside, no request is in flight, and the image stays open."""
+        async with self._reshaping, self.requests.quiesced():
+            self._check_alive()
+            yield
+
+    def check_resizable(self) -> None:
+        """Raises RequestError where something speaks against another size."""
+        for bitmap in self.bitmaps.values():
+            if bitmap.busy:
+                problem = "currently in use by another operation and cannot be used"
+            elif bitmap.inconsistent:
+                problem = (
+                    "inconsistent and cannot be used\n"
+                    "Try block-dirty-bitmap-remove to delete this bitmap from disk"
+                )
+            else:
+                continue
+            raise RequestError(errno.ENOTSUP, f"Bitmap '{bitmap.name}' is {problem}")
+
+    def became(self, size: int) -> None:
+        """The disk is another one now, of `size` bytes."""
+        self.size = size
+        for bitmap in self.bitmaps.values():
+            bitmap.resize(size)
+        self._mark(0, size)
+
+    # --- bitmaps ----------------------------------------------------------------------------
+
+    async def _load_bitmaps(self) -> None:
+        try:
+            await self.stored_bitmaps.load()
+        except ImageError as error:
+            if not self.flags.read_only:
+                raise
+            # The disk can be read without them.
+            for name in list(self.bitmaps):
+                self.untrack(name)
+            log.warning("qcow2", image=self.name, problem=f"The bitmaps cannot be used: {error}")
+        if self.stored_bitmaps.to_prepare and not self.flags.read_only:
+            self.image.metadata.before_writing = self._prepare
+            self._plain_write = self._nothing_plain  # type: ignore[method-assign]
+
+    def _nothing_plain(self, offset: int, length: int, /) -> None:
+        """Stands for plain_write() as long as the file has to be told something first."""
+
+    async def _prepare(self) -> None:
+        await self.stored_bitmaps.prepare()
+        self._plain_write = self._writer.plain_write  # type: ignore[method-assign]
+
+    async def add_bitmap(self, name: str, granularity: int | None = None, *, enabled: bool = True) -> None:
+        self._check_changeable()
+        self.stored_bitmaps.add(name, granularity, enabled=enabled)
+
+    async def remove_bitmap(self, name: str) -> None:
+        self._check_changeable()
+        async with self.alone():
+            await self.stored_bitmaps.remove(name)
+
+    def _check_changeable(self) -> None:
+        self._check_alive()
+        if self.flags.read_only:
+            raise RequestError(errno.EPERM, "the image is read-only")
+        self.image.check_writable()
 
     # --- image tools ------------------------------------------------------------------------
 
@@ -158,11 +263,48 @@ class Qcow2Node(ImageNode):
         return await measure(options, source)
 
     async def info(self) -> ImageInfo:
-        header = self.image.header
-        return ImageInfo(
-            cluster_size=header.cluster_size,
-            encrypted=header.crypt_method != CryptMethod.NONE,
-            dirty=bool(header.incompatible & Incompatible.DIRTY),
-            backing_filename=header.backing_name,
-            backing_format=header.backing_format,
-        )
+        return describe(self.image, list(self.bitmaps.values()))
+
+    async def check(self, repair: Repair = Repair.NONE) -> CheckReport:
+        from drivers.format.qcow2.check import check
+
+        image = self.image
+        async with self.alone():
+            if not self.flags.read_only and not image.file.corrupt:
+                await image.metadata.finish()
+            report, header = await check(image.file.node, image.header, repair)
+            if repair is not Repair.NONE:
+                await self._read_anew(header)
+            return report
+
+    async def _read_anew(self, header: Header) -> None:
+        """The file was changed behind the tables in memory."""
+        image = self.image
+        image.file.header = header
+        image.file.corrupt = False
+        l1, refcount_table = await read_tables(image.file)
+        image.mapping.replace(l1)
+        image.refcounts.replace(refcount_table)
+        assert isinstance(self.snapshots, Qcow2Snapshots)
+        self.snapshots = Qcow2Snapshots(self, image, *await read_snapshots(image.file))
+        await self.snapshots.claim_all()
+
+    async def change_backing(self, filename: str | None, image_format: str | None) -> None:
+        self._check_changeable()
+        async with self.alone():
+            if self.image.header.raw_data_file and filename:
+                raise RequestError(errno.EINVAL, "a raw data file cannot have a backing file")
+            file = self.image.file
+            try:
+                await file.update_header(backing_name=filename or None, backing_format=image_format or None)
+            except ImageError as error:
+                raise RequestError(errno.ENOSPC, str(error)) from None
+            await file.flush()
+
+    async def make_empty(self) -> None:
+        self._check_changeable()
+        async with self.alone():
+            image = self.image
+            await image.metadata.mark_dirty()
+            await self._unmapper.forget(0, -(-self.size // image.file.cluster_size))
+            await image.metadata.flush()

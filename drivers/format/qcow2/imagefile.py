@@ -47,7 +47,7 @@ class ImageFile:
         self.corrupt = False
         # What the host clusters with metadata hold, by cluster index: no data may be written there.
         self.owners: dict[int, str] = {}
-        self._checks = checks
+        self.checks = checks
         self.claim(0, header.cluster_size, "main-header")
 
     # --- bytes ------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ class ImageFile:
 
     def claim(self, offset: int, length: int, owner: str) -> None:
         """The clusters of this range hold metadata from now on; `owner` is a key of OWNERS."""
-        if owner not in self._checks:
+        if owner not in self.checks:
             return
         for cluster in self._clusters(offset, length):
             self.owners[cluster] = owner

@@ -229,6 +229,7 @@ class Mapping:
             self._file.claim(run.offset, 1, "active-l2")
             if old:
                 self._file.release(old, 1)
+                self._file.claim(old, 1, "inactive-l2")
                 self.on_free(old, 1, "snapshot")
 
     on_free: Callable[[int, int, str], None]
@@ -275,6 +276,17 @@ class Mapping:
     def drop(self) -> None:
         """Forget the slices, since the tables are others now."""
         self.slices.clear()
+
+    def replace(self, l1: array[int]) -> None:
+        """Another L1 table, which the header names already, is the active one. All is in the file."""
+        for entry in self.l1:
+            if offset := entry & OFFSET_MASK:
+                self._file.release(offset, 1)
+                self._file.claim(offset, 1, "inactive-l2")
+        self.l1 = l1
+        self.l1_dirty.clear()
+        self.slices.clear()
+        self._claim()
 
     # --- reading the map --------------------------------------------------------------------
 

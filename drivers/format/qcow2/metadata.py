@@ -21,7 +21,7 @@ from drivers.block.requests import RequestTracker
 from drivers.format.qcow2.header import Compatible, Incompatible
 from drivers.format.qcow2.imagefile import ImageFile
 from drivers.format.qcow2.mapping import Mapping
-from drivers.format.qcow2.refcounts import Block, Refcounts, pack_counts
+from drivers.format.qcow2.refcounts import Block, Refcounts, neighbours, pack_counts
 
 # So many dropped references wait at most before they are dealt with.
 MAX_FREED = 4096
@@ -45,7 +45,10 @@ class Metadata:
         # Refcounts are written at the close only; the dirty bit tells that they may be wrong.
         self.lazy = lazy
         self._dirty_marked = False
+        # Awaited before the first write of anything; None once that is done, or if there is nothing.
+        self.before_writing: Callable[[], Awaitable[None]] | None = None
         self._lock = trio.Lock()
+        self._preparing = trio.Lock()
         self._freed: list[Freed] = []
         self._requests = RequestTracker()
 
@@ -79,15 +82,16 @@ class Metadata:
         """Write all metadata that is ahead of the file."""
         await self._commit(durable=False)
 
-    async def flush(self) -> None:
-        """Every request that was answered is durable, with its metadata."""
-        await self._commit(durable=True)
+    async def flush(self, *, refcounts: bool = False) -> None:
+        """Every request that was answered is durable, with its metadata; `refcounts`: with the
+        refcounts even where they are lazy."""
+        await self._commit(durable=True, refcounts=refcounts)
 
-    async def _commit(self, *, durable: bool) -> None:
+    async def _commit(self, *, durable: bool, refcounts: bool = False) -> None:
         with trio.CancelScope(shield=True):
             async with self._lock:
                 freed, self._freed = self._freed, []
-                blocks: list[Block] = [] if self.lazy else self.refcounts.take_dirty()
+                blocks: list[Block] = [] if self.lazy and not refcounts else self.refcounts.take_dirty()
                 new, old = self.mapping.take_dirty()
                 failed = True
                 try:
@@ -131,13 +135,20 @@ class Metadata:
                 if await self.refcounts.get(cluster) == 1
             ]
             # Before they are free: afterwards they may be somebody else's at once.
-            for start, count in _neighbours(last_reference):
+            for start, count in neighbours(last_reference):
+                self.file.release(start << bits, count << bits)
                 await self.discard_host(start << bits, count << bits, item.why)
             await self.refcounts.add(first, item.clusters, -1)
         self._freed[:0] = waiting
 
     async def mark_dirty(self) -> None:
-        """Before the first write with lazy refcounts: refcounts on disk are stale from now on."""
+        """Before the first write: what the file has to tell is told. With lazy refcounts those on
+        disk are stale from now on."""
+        if self.before_writing is not None:
+            async with self._preparing:
+                if self.before_writing is not None:
+                    await self.before_writing()
+                    self.before_writing = None
         if self.lazy and not self._dirty_marked:
             async with self._lock:
                 if not self._dirty_marked:
@@ -149,7 +160,7 @@ class Metadata:
     @property
     def writable_now(self) -> bool:
         """Whether nothing has to be told to the file before a write."""
-        return self._dirty_marked or not self.lazy
+        return self.before_writing is None and (self._dirty_marked or not self.lazy)
 
     async def finish(self) -> None:
         """Write all, the refcounts too. No request is in flight."""
@@ -167,14 +178,3 @@ class Metadata:
 
     def wants_lazy(self) -> bool:
         return bool(self.file.header.compatible & Compatible.LAZY_REFCOUNTS)
-
-
-def _neighbours(clusters: list[int]) -> list[tuple[int, int]]:
-    """Ascending cluster numbers as (first, count)."""
-    runs: list[tuple[int, int]] = []
-    for cluster in clusters:
-        if runs and sum(runs[-1]) == cluster:
-            runs[-1] = runs[-1][0], runs[-1][1] + 1
-        else:
-            runs.append((cluster, 1))
-    return runs

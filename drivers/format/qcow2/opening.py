@@ -17,15 +17,15 @@ from drivers.format.qcow2.refcounts import unpack_table
 from drivers.options.schema import Options, Tree
 
 
-async def read_header(node: Node) -> Header:
-    """The header of the image in `node`. Raises ImageError."""
+async def read_header(node: Node, *, for_check: bool = False) -> Header:
+    """The header of the image in `node`; see parse_header(). Raises ImageError."""
     first = await _read(node, 0, min(node.size, 4096))
     try:
-        return parse_header(first)
+        return parse_header(first, for_check=for_check)
     except ImageError:
         # Most headers fit into what was read; those of large clusters may not.
         whole = await _read(node, 0, min(node.size, 1 << MAX_CLUSTER_BITS))
-        return parse_header(whole)
+        return parse_header(whole, for_check=for_check)
 
 
 async def _read(node: Node, offset: int, length: int) -> bytes:

@@ -8,6 +8,7 @@ import trio
 
 from drivers.block.extents import Extent, ExtentFlags, Span
 from drivers.block.node import MAX_EXTENTS, Node
+from drivers.crypto.cipher import in_turns
 from drivers.format.qcow2.compress import decompress
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO, compressed_range
@@ -109,7 +110,7 @@ class Reader:
         await read_padded(image.data, host, part)
         if image.crypt is not None:
             crypt, sector = image.crypt, image.crypt_sector(host, offset)
-            await trio.to_thread.run_sync(crypt.decrypt, sector, part, limiter=image.threads)
+            await in_turns(crypt.decrypt, sector, part)
 
     async def _read_backing(self, offset: int, part: memoryview) -> None:
         image = self._image

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import MutableSequence
+from collections.abc import MutableSequence, Sequence
 from typing import NamedTuple, TypeAlias
 
 import trio
@@ -100,6 +100,16 @@ class Run(NamedTuple):
     virgin: bool
 
 
+class Rewritten(NamedTuple):
+    """Refcounts in a new place: the blocks `moved` (index to offset) and the `table` in `run`. `free`:
+    clusters that are free as soon as the header leads there."""
+
+    table: array[int]
+    run: Run
+    moved: dict[int, int]
+    free: list[int]
+
+
 class Refcounts:
     """The counts of `file`, at most `cache_size` bytes of them in memory (and as much as is not
     written yet)."""
@@ -133,6 +143,63 @@ class Refcounts:
         for entry in self.table:
             if offset := entry & REFCOUNT_OFFSET_MASK:
                 file.claim(offset, 1, "refcount-block")
+
+    # --- all at once ------------------------------------------------------------------------
+
+    async def rewrite(self, freed: Sequence[tuple[int, int]]) -> Rewritten:
+        """Write every block that changed to a new place, and a table that leads there; the file's own
+        table is not touched. `freed`, (first cluster, count) pairs, and what the old blocks and the
+        old table took up, have lost a reference in it."""
+        file = self._file
+        moved: dict[int, int] = {}
+        table_run: Run | None = None
+        for first, count in freed:
+            await self._touch(first, count)
+        while True:
+            todo = [index for index, block in self.blocks.items() if block.dirty and index not in moved]
+            for index in todo:
+                await self._touch(self.blocks[index].offset >> file.cluster_bits, 1)
+                moved[index] = (await self.allocate(1)).offset
+            clusters = file.header.refcount_table_clusters
+            if table_run is not None and table_run.clusters != clusters:
+                # Making room for all this, the table has grown.
+                await self.give_back(table_run)
+                table_run = None
+            if table_run is None:
+                table_run = await self.allocate(clusters)
+                await self._touch(file.header.refcount_table_offset >> file.cluster_bits, clusters)
+            elif not todo:
+                break
+        lost = [*freed, (file.header.refcount_table_offset >> file.cluster_bits, table_run.clusters)]
+        lost += [(self.blocks[index].offset >> file.cluster_bits, 1) for index in moved]
+        # From here on nothing is allocated: what is free now is not free in the file yet.
+        free = [cluster for run in lost for cluster in await self.add(*run, -1)]
+        table = self.table[:]
+        for index, offset in moved.items():
+            table[index] = offset
+            await file.write(offset, pack_counts(self.blocks[index].counts))
+        await file.write(table_run.offset, pack_table(table))
+        return Rewritten(table, table_run, moved, sorted(free))
+
+    async def _touch(self, cluster: int, count: int) -> None:
+        """The blocks of these clusters are going to change."""
+        for index in range(cluster >> self.block_bits, (cluster + count - 1 >> self.block_bits) + 1):
+            block = await self._block(index)
+            if block is None:
+                raise await self._out_of_range(index << self.block_bits, 0, -1)
+            block.dirty = True
+
+    def adopt(self, rewritten: Rewritten) -> None:
+        """The header leads to what rewrite() made."""
+        file = self._file
+        for index, offset in rewritten.moved.items():
+            block = self.blocks[index]
+            file.release(block.offset, 1)
+            block.offset, block.dirty = offset, False
+        for cluster in rewritten.free:
+            file.release(cluster << file.cluster_bits, 1)
+        self.table = rewritten.table
+        self._claim_table()
 
     # --- blocks -----------------------------------------------------------------------------
 
@@ -185,12 +252,27 @@ class Refcounts:
         """Forget all that is in memory, since the file was changed behind it."""
         self.blocks.clear()
         self._window = self._window_end = self._cursor = 0
+        self.open_cluster = None
+
+    def replace(self, table: array[int]) -> None:
+        """Another table, which the header names already, is in the file."""
+        for entry in self.table:
+            if offset := entry & REFCOUNT_OFFSET_MASK:
+                self._file.release(offset, 1)
+        self.drop()
+        self.table = table
+        self._claim_table()
 
     # --- counting ---------------------------------------------------------------------------
 
     async def get(self, cluster: int) -> int:
         block = await self._block(cluster >> self.block_bits)
         return 0 if block is None else block.counts[cluster & self._block_mask]
+
+    async def counts(self, index: int) -> Counts | None:
+        """The counts of the block with that index. Good until the next await."""
+        block = await self._block(index)
+        return None if block is None else block.counts
 
     async def add(self, cluster: int, count: int, delta: int) -> list[int]:
         """Change the counts of `count` clusters by `delta`; the clusters that are free now. All or,
@@ -382,6 +464,17 @@ def _free_run(counts: Counts, start: int, wanted: int) -> tuple[int, int]:
             return start, end
         start = end
     return length, length
+
+
+def neighbours(clusters: list[int]) -> list[tuple[int, int]]:
+    """Ascending cluster numbers as (first, count)."""
+    runs: list[tuple[int, int]] = []
+    for cluster in clusters:
+        if runs and sum(runs[-1]) == cluster:
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((cluster, 1))
+    return runs
 
 
 def pack_table(table: array[int]) -> bytes:

@@ -49,7 +49,11 @@ async def resize(image: Image, unmapper: Unmapper, size: int) -> None:
     """Let the disk end at `size`. What lies behind is freed; what is added shows zeroes."""
     file = image.file
     image.check_writable()
+    if image.header.snapshot_count and image.header.version < 3:
+        # Its snapshots do not tell how large the disk was.
+        raise RequestError(errno.ENOTSUP, "Can't resize a v2 image which has snapshots")
     await image.metadata.mark_dirty()
+    await _forget_machine(image, unmapper)
     if size < image.size:
         first = -(-size // file.cluster_size)
         last = -(-image.size // file.cluster_size)
@@ -80,6 +84,16 @@ async def _hide(image: Image, unmapper: Unmapper, size: int) -> None:
             await unmapper.write_zeroes(start, length, may_unmap=True)
     finally:
         image.size = start
+
+
+async def _forget_machine(image: Image, unmapper: Unmapper) -> None:
+    """Behind the disk's end may lie the state of a virtual machine, from a snapshot that was applied.
+    It must not become a part of the disk."""
+    mapping = image.mapping
+    needed = image.header.needed_l1_size(image.size)
+    if any(mapping.l1[needed:]):
+        await unmapper.forget(needed << mapping.l2_bits, len(mapping.l1) << mapping.l2_bits)
+        await _drop_tables(image, image.size)
 
 
 async def _drop_tables(image: Image, size: int) -> None:
