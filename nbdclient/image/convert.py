@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from drivers.errors import Error, OptionError
+from drivers.options.argv import Opt
 from drivers.options.flat import parse_flat, wants_help
 from drivers.units import parse_number
 from nbdclient.image.arguments import (
@@ -19,7 +20,6 @@ from nbdclient.image.arguments import (
     QUIET,
     SOURCE_CACHE,
     Given,
-    Opt,
     number,
     parse,
 )

@@ -106,14 +106,14 @@ async def describe(node: Node, filename: str, *, image_opts: bool = False) -> De
     """`filename` as the user gave it; options are not shown where the node knows a shorter name."""
     if image_opts or filename.startswith("json:"):
         filename = display_name(node) or filename
-    is_image = isinstance(node, ImageNode)
+    snapshots = node.snapshots if isinstance(node, ImageNode) else None
     return Description(
         filename=filename,
         driver_name=node.driver_name,
         size=guest_size(node),
         allocated=await node.allocated_size(),
         info=await node.info() if isinstance(node, ImageNode) else ImageInfo(),
-        snapshots=node.snapshots.list() if is_image and node.snapshots is not None else (),
+        snapshots=() if snapshots is None else snapshots.list(),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from drivers.errors import OptionError
+from drivers.options.argv import Opt
 from nbdclient.image.arguments import (
     FORCE_SHARE,
     FORMAT,
@@ -15,7 +16,6 @@ from nbdclient.image.arguments import (
     OBJECT,
     OUTPUT,
     Given,
-    Opt,
     number,
     parse,
 )

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from drivers.errors import OptionError
+from drivers.options.argv import Opt, UsageError
 from drivers.options.flat import refuse_size
 from drivers.units import parse_size
-from nbdclient.image.arguments import FORMAT, IMAGE_OPTS, OBJECT, QUIET, Given, Opt, UsageError, parse
+from nbdclient.image.arguments import FORMAT, IMAGE_OPTS, OBJECT, QUIET, Given, parse
 
 if TYPE_CHECKING:
     from nbdclient.image.session import Images
