@@ -118,8 +118,7 @@ async def _bench(images: Images, given: Given, filename: str, load: Load) -> Non
         f"(starting at offset {load.offset}, step size {load.step})"
     )
     if load.flush_interval:
-        drain = "" if load.drain else "requests while flushes are in flight"
-        print(f"Sending flush every {load.flush_interval} {drain or 'requests'}", flush=True)
+        print(f"Sending flush every {load.flush_interval} requests", flush=True)
     start = time.perf_counter()
     await _send(node, load)
     print(f"Run completed in {time.perf_counter() - start:.3f} seconds.")

@@ -97,7 +97,7 @@ class Copy:
         self._minimum = minimum
         granule = 1 << minimum.bit_length() - 1 if minimum else SECTOR
         self._granule = max(granule, target.node.limits.request_alignment)
-        self._turns = _Turns() if in_order and target.compressed_cluster is None else None
+        self._turns = _Turns() if in_order else None
         self._identity = target.node.driver_name in _IDENTITY and target.compressed_cluster is None
 
     async def run(self) -> None:
@@ -301,17 +301,32 @@ class Copy:
             await self._zero(offset + done, length - done)
 
     async def _put(self, offset: int, data: memoryview) -> None:
-        cluster = self._target.compressed_cluster
         try:
-            if cluster is None:
+            if self._target.compressed_cluster is None:
                 await self._node.write(offset, data)
-                return
-            for start in range(0, len(data), cluster):
+            else:
+                await self._put_compressed(offset, data, self._target.compressed_cluster)
+        except OSError as error:
+            raise OptionError(f"error while writing at byte {offset}: {error.strerror}") from None
+
+    async def _put_compressed(self, offset: int, data: memoryview, cluster: int) -> None:
+        """The clusters side by side: compressing them takes much longer than all else."""
+        starts = iter(range(0, len(data), cluster))
+
+        async def work() -> None:
+            for start in starts:
                 await self._node.write_compressed(  # type: ignore[attr-defined]
                     offset + start, data[start : start + cluster]
                 )
-        except OSError as error:
-            raise OptionError(f"error while writing at byte {offset}: {error.strerror}") from None
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(min(self._workers, -(-len(data) // cluster))):
+                    nursery.start_soon(work)
+        except* OSError as group:
+            failure = group.exceptions[0]
+            assert isinstance(failure, OSError)
+            raise failure from None
 
     async def _zero(self, offset: int, length: int) -> None:
         if self._target.is_zero:
