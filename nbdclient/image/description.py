@@ -9,6 +9,7 @@ from drivers.block.image import ImageInfo, ImageNode, SnapshotInfo
 from drivers.block.node import Node
 from drivers.errors import OptionError
 from drivers.options.backing import resolve_backing
+from drivers.options.pseudo import protocol_prefix
 from drivers.options.schema import Value
 from drivers.units import format_size
 from nbdclient.image import render
@@ -106,6 +107,10 @@ async def describe(node: Node, filename: str, *, image_opts: bool = False) -> De
     """`filename` as the user gave it; options are not shown where the node knows a shorter name."""
     if image_opts or filename.startswith("json:"):
         filename = display_name(node) or filename
+    if filename.startswith("file:"):
+        filename = filename.removeprefix("file:")
+        if protocol_prefix(filename) is not None:
+            filename = f"./{filename}"
     snapshots = node.snapshots if isinstance(node, ImageNode) else None
     return Description(
         filename=filename,
