@@ -7,8 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-import structlog
-
 from drivers.block.extents import Extent
 from drivers.block.graph import OpenContext
 from drivers.block.image import (
@@ -39,8 +37,6 @@ from drivers.format.qcow2.snapshots import Qcow2Snapshots, read_snapshots
 from drivers.format.qcow2.unmapping import Unmapper
 from drivers.format.qcow2.writing import Writer
 from drivers.options.schema import Options
-
-log = structlog.get_logger()
 
 
 class Qcow2Node(ImageNode):
@@ -84,7 +80,7 @@ class Qcow2Node(ImageNode):
             file_node,
             header,
             checks=settings.overlap_checks if not flags.read_only else frozenset(),
-            on_corruption=lambda reason: log.error("qcow2", image=context.name, problem=reason),
+            on_corruption=lambda reason: _tell_corruption(context.name, reason),
         )
         l1, refcount_table = await read_tables(file)
         snapshots = ([], 0) if flags.for_check else await read_snapshots(file)
@@ -309,3 +305,9 @@ class Qcow2Node(ImageNode):
             await image.metadata.mark_dirty()
             await self._unmapper.forget(0, -(-self.size // image.file.cluster_size))
             await image.metadata.flush()
+
+
+def _tell_corruption(name: str, reason: str) -> None:
+    import structlog  # takes as long to import as all else of a short command
+
+    structlog.get_logger().error("qcow2", image=name, problem=reason)
