@@ -111,8 +111,9 @@ class NbdExport:
         allocation_depth: bool = False,
         bitmaps: Sequence[str] = (),
     ) -> NbdExport:
-        """Take `node` into use. `bitmaps` are names. `multi_conn` says that more than one connection is possible: the
-        node is one for all of them, so their flushes cover each other."""
+        """Take `node` into use. `multi_conn` says that more than one connection is possible: the
+        node is one for all of them, so their flushes cover each other. `bitmaps` are the names of
+        those that clients may ask for."""
         for text, what in ((name, "export name"), (description, "export description")):
             if len(text.encode("utf-8", "surrogateescape")) > MAX_STRING:
                 raise OptionError(f"{what} too long")

@@ -81,7 +81,7 @@ class Qcow2Node(ImageNode):
         image = Image(file, data or file_node, settings, l1=l1, refcount_table=refcount_table)
         node = cls(image, flags=flags, name=context.name)
         node.snapshots = Qcow2Snapshots(node, image, *snapshots)
-        await node.snapshots.claim_all()
+        await node.snapshots.claim()
         await node.use("file", file_node)
         await node._load_bitmaps()
         if data is not None:

@@ -282,7 +282,6 @@ class Mapping:
         for entry in self.l1:
             if offset := entry & OFFSET_MASK:
                 self._file.release(offset, 1)
-                self._file.claim(offset, 1, "inactive-l2")
         self.l1 = l1
         self.l1_dirty.clear()
         self.slices.clear()
