@@ -22,6 +22,7 @@ class Row:
 ROWS = {
     "file": Row("drivers.protocol.file.driver:FileNode", ("file",)),
     "host_device": Row("drivers.protocol.file.device:HostDeviceNode", ("host_device",)),
+    "luks": Row("drivers.format.luks:LuksNode"),
     "memory": Row("drivers.testing.memory:MemoryNode"),
     "nbd": Row("drivers.protocol.nbd.driver:NbdNode", ("nbd", "nbd+tcp", "nbd+unix", "nbds", "nbds+unix")),
     "null-co": Row("drivers.protocol.null:NullNode", ("null-co",)),

@@ -6,6 +6,11 @@ import re
 
 from drivers.errors import OptionError
 
+
+class TooLargeError(OptionError):
+    """A size beyond what 64 bits hold."""
+
+
 _SUFFIXES = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _DECIMAL = re.compile(r"\s*\+?(\d{1,1000})(\.\d{0,1000})?([bkmgtpe]?)", re.IGNORECASE | re.ASCII)
 # b and e are digits here, so they cannot be suffixes.
@@ -20,7 +25,7 @@ def parse_size(text: str, *, unit: str = "b") -> int:
     """Bytes of a size in QEMU's notation: 4096, 64k, 1.5G, 0x200; suffixes b k M G T P E.
 
     `unit` is the suffix assumed where none stands. Fractions need a suffix above b and round down
-    to whole bytes. Raises OptionError; more than 2^64-1 is refused.
+    to whole bytes. Raises OptionError, for more than 2^64-1 TooLargeError.
     """
     if hexadecimal := _HEX.fullmatch(text):
         value = int(hexadecimal[1], 16) << _SUFFIXES[(hexadecimal[2] or unit).lower()]
@@ -36,7 +41,7 @@ def parse_size(text: str, *, unit: str = "b") -> int:
             f"'{text[:100]}' is not a size: write a number of bytes, or with a suffix k, M, G, T, P or E"
         )
     if value >= 1 << 64:
-        raise OptionError(f"'{text[:100]}' is too large: sizes end below 16E")
+        raise TooLargeError(f"'{text[:100]}' is too large: sizes end below 16E")
     return value
 
 

@@ -22,7 +22,7 @@ def main() -> int:
     try:
         wanted = parse(sys.argv[1:], os.environ)
         if isinstance(wanted, Answer):
-            return _answer(wanted.topic)
+            return _answer(wanted)
         return _do(wanted)
     except UsageError as error:
         _complain(str(error))
@@ -55,13 +55,18 @@ def _do(wanted: ServeSettings | ListSettings) -> int:
     return serve_until_told(wanted)
 
 
-def _answer(topic: str) -> int:
+def _answer(question: Answer) -> int:
+    topic = question.topic
     if topic == "help":
         from nbdserve.cli.help import TEXT
 
         print(TEXT.format(program=PROGRAM), end="")
     elif topic == "version":
         print(f"{PROGRAM} {__version__}")
+    elif topic == "object":
+        from drivers.objects.store import help_text
+
+        print(help_text(question.about))
     else:
         from nbdserve.trace import EVENTS
 

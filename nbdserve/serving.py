@@ -12,6 +12,7 @@ import trio
 from drivers.block.graph import Graph
 from drivers.catalog import Catalog
 from drivers.errors import InUseError, OptionError
+from drivers.objects.store import ObjectStore
 from nbdserve.exports.nbd import NbdExport
 from nbdserve.images import open_export
 from nbdserve.server import Server
@@ -60,7 +61,7 @@ async def serve(
 @contextlib.asynccontextmanager
 async def opened_exports(settings: ServeSettings) -> AsyncIterator[list[NbdExport]]:
     """The exports of `settings`; in the end they are closed, the last first."""
-    graph = Graph(Catalog())
+    graph = Graph(Catalog(), ObjectStore.of(settings.objects))
     async with contextlib.AsyncExitStack() as cleanup:
         exports: list[NbdExport] = []
         for wanted in settings.exports:

@@ -69,7 +69,7 @@ class ServeSettings:
     `shared` is how many clients may be connected at once, 0 for any number; without `persistent`
     the server ends with its last client. `handshake_limit` is in seconds, 0 for none. `run_command`
     is a shell command whose end ends the server. `pid_file` and all image names are relative to
-    the directory of the start.
+    the directory of the start. `objects` are what ObjectStore.add() takes, in order.
     """
 
     exports: tuple[ExportSettings, ...]
@@ -84,6 +84,7 @@ class ServeSettings:
     selinux_label: str | None = None
     verbose: bool = False
     trace: TraceSettings = field(default_factory=TraceSettings)
+    objects: tuple[Tree, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +95,4 @@ class ListSettings:
     json: bool = False
     verbose: bool = False
     trace: TraceSettings = field(default_factory=TraceSettings)
+    objects: tuple[Tree, ...] = ()

@@ -28,6 +28,7 @@ PACKAGES = {
     "nbd-client": "nbd-client",
     "nbd-server": "nbd-server",
     "fio": "fio",
+    "cryptsetup": "cryptsetup-bin",
     "losetup": "mount",
     "systemd-socket-activate": "systemd",
     "module:nbd": "python3-libnbd",

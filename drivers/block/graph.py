@@ -11,6 +11,7 @@ import trio
 
 from drivers.block.node import Node, OpenFlags
 from drivers.errors import OptionError
+from drivers.objects.store import ObjectStore
 from drivers.options.schema import Options, Tree, Value
 
 
@@ -40,7 +41,7 @@ MAX_DEPTH = 200
 
 def inherited_flags(flags: OpenFlags) -> OpenFlags:
     """What a node's `flags` mean for its children: what they are sent has been filtered already."""
-    return replace(flags, detect_zeroes="off", discard=True)
+    return replace(flags, detect_zeroes="off", discard=True, no_backing=False, for_check=False)
 
 
 @dataclass
@@ -90,14 +91,18 @@ class OpenContext:
 
 
 class Graph:
-    """The open nodes of one program, by name. Nothing is shared between two graphs.
+    """The open nodes of one program, by name, and the objects that they may refer to. Nothing is
+    shared between two graphs.
 
     `untrusted`: what an image itself names (a backing file, a data file) is not opened; only what
     the user named is.
     """
 
-    def __init__(self, catalog: DriverCatalog, *, untrusted: bool = False) -> None:
+    def __init__(
+        self, catalog: DriverCatalog, objects: ObjectStore | None = None, *, untrusted: bool = False
+    ) -> None:
         self.catalog = catalog
+        self.objects = ObjectStore() if objects is None else objects
         self.untrusted = untrusted
         self.nodes: dict[str, Node] = {}
         self._numbers = itertools.count()
@@ -106,7 +111,7 @@ class Graph:
         try:
             return self.nodes[name]
         except KeyError:
-            raise OptionError(f"Cannot find device='' nor node-name='{name}'") from None
+            raise OptionError(f"Cannot find device='{name}' nor node-name='{name}'") from None
 
     async def open(
         self,
@@ -156,7 +161,8 @@ class Graph:
         if name in self.nodes:
             raise OptionError(f"Duplicate nodes with node-name='{name}'")
         cache = Options(common.subtree("cache"), owner="Block node")
-        flags = OpenFlags(
+        flags = replace(
+            inherited,
             read_only=common.boolean("read-only", inherited.read_only),
             auto_read_only=common.boolean("auto-read-only", inherited.auto_read_only),
             force_share=common.boolean("force-share", inherited.force_share),

@@ -13,13 +13,16 @@ from enum import Enum
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from drivers.block.graph import Graph
-from drivers.block.node import Buffer, Node
+from drivers.block.node import Buffer, Node, Preallocation
 from drivers.errors import OptionError, RequestError
 from drivers.options.schema import Options, Value
 
 
 class CreateOption(NamedTuple):
-    """An option of create(), as `-o help` shows it. `default` as a user would write it."""
+    """An option of create(), as `-o help` shows it. `default` as a user would write it.
+
+    A format lists its options in the order in which QEMU tells what it makes; "size" is among them.
+    """
 
     name: str
     kind: Literal["size", "string", "boolean", "number"]
@@ -34,13 +37,26 @@ class CreateContext(Protocol):
     # The name of the image to make, as the user gave it.
     filename: str
 
-    async def create_file(self, filename: str, *, size: int = 0) -> Node:
+    async def create_file(
+        self, filename: str, *, size: int = 0, preallocation: Preallocation = Preallocation.OFF
+    ) -> Node:
         """Make the file (or what its protocol has for one) and open it for writing; an existing
         one is emptied. It is closed when the creation ends."""
         ...
 
     async def open_image(self, filename: str, image_format: str | None, *, read_only: bool = True) -> Node:
         """An existing image, as a backing file or one that is to be kept."""
+        ...
+
+
+class StorageDriver(Protocol):
+    """A protocol driver that can make what it opens. Its options besides those of every node are
+    taken by create() alone; "preallocation" among them is told to the node that is opened then."""
+
+    create_options: tuple[CreateOption, ...]
+
+    async def create(self, filename: str, options: Options, /) -> None:
+        """Make the file, unless it is there. Raises OptionError."""
         ...
 
 

@@ -48,7 +48,8 @@ class OpenFlags:
     `direct` bypasses the host's page cache, `no_flush` ignores flushes, `discard` lets discards
     reach storage, `detect_zeroes` turns written zeroes into write_zeroes (and with "unmap" into
     holes). `auto_read_only` falls back to read-only where writing is not possible. `force_share`
-    opens read-only beside a writer.
+    opens read-only beside a writer. `no_backing` leaves the backing file alone, whatever the image names;
+    `for_check` opens what is to be checked or repaired: neither damage nor a dirty mark is in its way.
     """
 
     read_only: bool = False
@@ -58,6 +59,8 @@ class OpenFlags:
     no_flush: bool = False
     discard: bool = False
     detect_zeroes: Literal["off", "on", "unmap"] = "off"
+    no_backing: bool = False
+    for_check: bool = False
 
 
 class Hold(NamedTuple):
@@ -143,6 +146,14 @@ class Node:
 
     async def _truncate(self, size: int, /, *, preallocation: Preallocation) -> None:
         raise RequestError(errno.ENOTSUP, "the image cannot be resized")
+
+    async def _allocated_size(self) -> int | None:
+        """See allocated_size(). The default suits whoever keeps everything in its children."""
+        total: int | None = None
+        for role, edge in self.children.items():
+            if role != "backing" and (size := await edge.child.allocated_size()) is not None:
+                total = (total or 0) + size
+        return total
 
     def _child_permissions(
         self, role: str, needed: Permission, shared: Permission, /
@@ -340,6 +351,11 @@ class Node:
             return clipped(merged(await self._block_status(offset, length)), length)
         finally:
             self.requests.finish(request)
+
+    async def allocated_size(self) -> int | None:
+        """Bytes that the node takes on the host, without its backing files; None where nobody knows."""
+        self._check_alive()
+        return await self._allocated_size()
 
     async def truncate(self, size: int, /, *, preallocation: Preallocation = Preallocation.OFF) -> None:
         """Make the node `size` bytes long; added bytes read as zeroes."""

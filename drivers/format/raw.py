@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from drivers.block.extents import Extent, Span
 from drivers.block.graph import OpenContext
+from drivers.block.image import CreateContext, CreateOption, ImageNode, Measurement
 from drivers.block.limits import MAX_SIZE, Limits
 from drivers.block.node import Node, OpenFlags, Preallocation
 from drivers.block.permission import Permission
@@ -19,7 +20,7 @@ from drivers.options.schema import Options
 _SECTOR = 512
 
 
-class RawNode(Node):
+class RawNode(ImageNode):
     """`size` bytes of a child from `offset` on; every request goes on to the child.
 
     `probed` raw images, that is, of which only their first bytes said that they are raw, keep
@@ -29,6 +30,7 @@ class RawNode(Node):
 
     driver_name = "raw"
     supports_fua = True
+    create_options = (CreateOption("size", "size", "Virtual disk size"),)
 
     def __init__(
         self,
@@ -89,6 +91,22 @@ class RawNode(Node):
         await node.use("file", child)
         return node
 
+    @classmethod
+    async def create(cls, context: CreateContext, options: Options, /) -> None:
+        mode = options.string("preallocation", "off")
+        try:
+            preallocation = Preallocation(mode)
+        except ValueError:
+            raise OptionError(f"invalid parameter value: {mode}") from None
+        size = _whole_sectors(options.size("size", 0))
+        await context.create_file(context.filename, size=size, preallocation=preallocation)
+
+    @classmethod
+    async def measure(cls, options: Options, source: Node | None, /) -> Measurement:
+        size = options.size("size", 0)
+        size = _whole_sectors(size if source is None else source.size)
+        return Measurement(required=size, fully_allocated=size)
+
     def _child_permissions(
         self, role: str, needed: Permission, shared: Permission, /
     ) -> tuple[Permission, Permission]:
@@ -143,3 +161,7 @@ class RawNode(Node):
         if size > MAX_SIZE - self._offset:
             raise RequestError(errno.EINVAL, "Disk size too large for the chosen offset")
         await self._child.truncate(self._offset + size, preallocation=preallocation)
+
+
+def _whole_sectors(size: int) -> int:
+    return (size + _SECTOR - 1) // _SECTOR * _SECTOR

@@ -63,23 +63,31 @@ def parse_json_pseudo(filename: str) -> Tree:
 
     Raises OptionError.
     """
-    text = filename.removeprefix("json:")
+    try:
+        value = parse_json(filename.removeprefix("json:"))
+    except OptionError as error:
+        raise OptionError(f"Could not parse the JSON options: {error}") from None
+    if not isinstance(value, dict):
+        raise OptionError("Invalid JSON object given")
+    return nest(_leaves(value, ()))
+
+
+def parse_json(text: str) -> Value:
+    """One JSON value. Strings may be in single quotes; no key may come twice. Raises OptionError."""
     if len(text) > MAX_JSON:
-        raise OptionError("Could not parse the JSON options: the text is too long")
+        raise OptionError("the text is too long")
     if not text.strip():
-        raise OptionError("Could not parse the JSON options: Expecting a JSON value")
+        raise OptionError("Expecting a JSON value")
     try:
         value: Value = json.loads(
             _STRING.sub(_double_quoted, text), parse_constant=_no_constant, object_pairs_hook=_object
         )
     except RecursionError:
-        raise OptionError("Could not parse the JSON options: JSON nesting depth limit exceeded") from None
+        raise OptionError("JSON nesting depth limit exceeded") from None
     except ValueError as error:
         reason = str(error) if type(error) is ValueError else _reason(error)
-        raise OptionError(f"Could not parse the JSON options: JSON parse error, {reason}") from None
-    if not isinstance(value, dict):
-        raise OptionError("Invalid JSON object given")
-    return nest(_leaves(value, ()))
+        raise OptionError(f"JSON parse error, {reason}") from None
+    return value
 
 
 def _reason(error: ValueError) -> str:

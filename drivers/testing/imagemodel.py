@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from drivers.block.dirty import DirtyBitmap
 from drivers.block.image import ImageNode
@@ -14,6 +14,8 @@ from drivers.testing.model import BASIC_KINDS, Operation, contents, do
 
 SNAPSHOT_KINDS = ("snapshot", "apply", "delete-snapshot")
 BITMAP_KINDS = ("add-bitmap", "remove-bitmap", "clear-bitmap", "switch-bitmap", "merge-bitmap")
+# What sizes of images are multiples of.
+_SECTOR = 512
 MAX_SNAPSHOTS = 4
 MAX_BITMAPS = 4
 
@@ -95,6 +97,8 @@ class ImageModel:
     # --- the disk ---------------------------------------------------------------------------
 
     async def _basic(self, step: Operation) -> None:
+        if step.kind == "truncate":
+            step = replace(step, offset=step.offset // _SECTOR * _SECTOR)
         before = bytes(self.content)
         try:
             offset, length = await do(self.node, self.content, step)

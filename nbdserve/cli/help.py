@@ -49,6 +49,10 @@ How the image is opened:
       --detect-zeroes=MODE off (the default), on, or unmap: turn written zeroes
                            into a request for zeroes, or for a hole
 
+      --object=secret,id=ID,data=TEXT|file=FILE,...
+                           define a password that image options refer to;
+                           '--object help' lists the types
+
 Process:
       --fork               go to the background once clients can connect
       --pid-file=FILE      write the process id to FILE once clients can connect
@@ -66,8 +70,6 @@ Listing another server:
 Not supported yet:
   -c, --connect=DEV        serve FILE to a kernel NBD device
   -d, --disconnect         disconnect the kernel NBD device FILE
-      --object=TYPE,id=ID,...
-                           define a secret or credentials
       --tls-creds=ID       encrypt connections
       --tls-authz=ID       which clients are let in
       --tls-hostname=NAME  name to check in the server's certificate

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from drivers.net.address import Address
+from drivers.objects.store import ObjectStore
 from drivers.wire.nbd.client_handshake import Export, ReplyMode, Wishes, describe_all
 from drivers.wire.nbd.constants import TransmissionFlag
 from nbdserve.settings import ListSettings
@@ -49,6 +50,7 @@ def list_exports(settings: ListSettings) -> int:
     """Print the exports of the server at settings.address; the exit status. Raises Error."""
     import trio
 
+    ObjectStore.of(settings.objects)  # nothing uses one yet, but a mistake in one is told
     exports = trio.run(_ask, settings.address)
     if settings.json:
         print(as_json(exports))

@@ -12,8 +12,10 @@ from typing import Literal, cast
 
 from drivers.errors import OptionError
 from drivers.net.address import Address, InetAddress, UnixAddress, parse_port
+from drivers.objects.argument import HelpWanted, parse_object
 from drivers.options.argv import ArgumentParser, Opt
 from drivers.options.keyval import parse_keyval
+from drivers.options.schema import Tree
 from drivers.units import parse_number
 from nbdserve.activation import take_inherited
 from nbdserve.settings import (
@@ -78,7 +80,6 @@ TABLE = (
 NOT_YET = {
     "connect": "binding a kernel NBD device",
     "disconnect": "disconnecting a kernel NBD device",
-    "object": "defining objects",
     "tls-creds": "TLS",
 }
 
@@ -106,9 +107,11 @@ class ArgumentCountError(OptionError):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A question was asked, not a server: `topic` is "help", "version" or "trace"."""
+    """A question was asked, not a server: `topic` is "help", "version", "trace" or "object"; that one
+    may be about one type of objects."""
 
     topic: str
+    about: str = ""
 
 
 @dataclass(slots=True)
@@ -123,6 +126,7 @@ class _Given:
     port: str | None = None
     socket: str | None = None
     trace: TraceSettings = field(default_factory=TraceSettings)
+    objects: list[Tree] = field(default_factory=list)
     # Goes into ServeSettings under the same names.
     plain: dict[str, str | int | bool] = field(default_factory=dict)
 
@@ -142,6 +146,11 @@ def parse(
             return Answer(name)
         if name == "trace" and value in ("help", "?", "enable=help"):
             return Answer("trace")
+        if name == "object":
+            wanted = parse_object(value)
+            if isinstance(wanted, HelpWanted):
+                return Answer("object", wanted.type_name)
+            given.objects.append(wanted)
         _take(given, name, value)
         given.seen.add(name)
     _check_clashes(given, parser.operands)
@@ -153,6 +162,7 @@ def parse(
             json="json" in given.seen,
             verbose="verbose" in given.seen,
             trace=given.trace,
+            objects=tuple(given.objects),
         )
     private = given.socket == "-" or ("run" in given.seen and not given.seen & {"socket", "bind", "port"})
     return ServeSettings(
@@ -163,6 +173,7 @@ def parse(
         fork="fork" in given.seen,
         verbose="verbose" in given.seen,
         trace=given.trace,
+        objects=tuple(given.objects),
         **given.plain,  # type: ignore[arg-type]
     )
 

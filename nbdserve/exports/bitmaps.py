@@ -14,7 +14,7 @@ def find_bitmaps(node: Node, names: Sequence[str], *, writable: bool) -> list[Di
     """The bitmaps with these names, each of the uppermost of the nodes below `node` that has one.
     Raises OptionError where one cannot be shown."""
     found: dict[str, DirtyBitmap] = {}
-    for name in names:
+    for name in reversed(names):  # as qemu-nbd lists them
         owner: Node | None = node
         while owner is not None and name not in owner.bitmaps:
             owner = _below(owner)

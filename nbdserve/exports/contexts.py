@@ -106,5 +106,6 @@ def _joined(pairs: Iterable[tuple[int, int]]) -> Statuses:
 CONTEXTS: Mapping[str, Context] = {
     # What one part of a block has and the other has not, the block has not.
     BASE_ALLOCATION: ExtentContext(_allocation_state, operator.and_),
-    ALLOCATION_DEPTH: ExtentContext(operator.attrgetter("depth"), max),
+    # What a layer is too short for counts as its own here.
+    ALLOCATION_DEPTH: ExtentContext(lambda extent: extent.depth or extent.short, max),
 }

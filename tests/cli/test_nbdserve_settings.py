@@ -4,7 +4,7 @@ import pytest
 
 from drivers.errors import OptionError
 from drivers.net.address import InetAddress, UnixAddress
-from nbdserve.cli.nbd import parse
+from nbdserve.cli.nbd import Answer, parse
 from nbdserve.settings import CacheMode, ExportSettings, ListSettings, ServeSettings, TraceSettings
 
 
@@ -126,6 +126,26 @@ def test_a_command_has_a_private_socket_and_ends_the_server():
     assert (settings.address, settings.persistent, settings.run_command) == (None, True, "true")
     settings = parse(["--run", "true", "-p", "0", "disk"], {})
     assert settings.address == InetAddress("0.0.0.0", "0")
+
+
+def test_objects_come_in_their_order():
+    line = "--object secret,id=a,data=b --object {'qom-type':'secret','id':'c','data':'d,e'}"
+    expected = (
+        {"qom-type": "secret", "id": "a", "data": "b"},
+        {"qom-type": "secret", "id": "c", "data": "d,e"},
+    )
+    assert serve(f"{line} x").objects == expected
+    listing = parse([*line.split(), "-L"], {})
+    assert isinstance(listing, ListSettings)
+    assert listing.objects == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "about"),
+    [("help", ""), ("?", ""), ("secret,help", "secret"), ("secret,id=a,?", "secret"), ("x,help", "x")],
+)
+def test_questions_about_objects(value, about):
+    assert parse(["--object", value, "-q"], {}) == Answer("object", about)
 
 
 def test_listing():

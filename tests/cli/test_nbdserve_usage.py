@@ -142,7 +142,21 @@ def test_is_refused_like_qemu_nbd(line):
         ("-l snapshot.id=1,foo=3 x", "Failed in parsing snapshot param `snapshot.id=1,foo=3'"),
         ("-c /dev/nbd0 x", "--connect: binding a kernel NBD device is not supported yet"),
         ("-d /dev/nbd0", "--disconnect: disconnecting a kernel NBD device is not supported yet"),
-        ("--object secret,id=a x", "--object: defining objects is not supported yet"),
+        ("--object secret,id=a x", "Either 'file' or 'data' must be provided"),
+        ("--object secret,id=a -L", "Either 'file' or 'data' must be provided"),
+        ("--object secret,data=b x", "Parameter 'id' is missing"),
+        ("--object id=a x", "Parameter 'qom-type' is missing"),
+        (
+            "--object secret,id=a,data=b --object secret,id=a,data=c x",
+            "attempt to add duplicate property 'a'",
+        ),
+        ("--object secret,id=a,data x", "Expected '=' after parameter 'data'"),
+        ('--object {"qom-type":"secret" x', "JSON parse error, premature EOI"),
+        ("--object no-such-type,id=a x", "Parameter 'qom-type' does not accept value 'no-such-type'"),
+        (
+            "--object tls-creds-x509,id=a x",
+            "--object: objects of type 'tls-creds-x509' are not supported yet",
+        ),
         ("--tls-creds a x", "--tls-creds: TLS is not supported yet"),
         ("--tls-creds a --tls-hostname b x", "TLS hostname is only supported with export list"),
         ("--tls-creds a -c /dev/nbd0 x", "TLS is not supported with a host device"),
@@ -213,3 +227,17 @@ def test_questions_and_mistakes_do_not_import_what_serving_needs():
         )
         ours = run(*line.split(), command=(sys.executable, "-c", code))
         assert "LOADED []" in ours.stdout, ours.stderr
+
+
+def test_help_about_objects():
+    assert run("--object", "help").stdout == "List of user creatable objects:\n  secret\n"
+    properties = run("--object", "secret,help").stdout.splitlines()
+    assert properties[0] == "secret options:"
+    assert [line.split("=")[0].strip() for line in properties[1:]] == [
+        "data",
+        "file",
+        "format",
+        "iv",
+        "keyid",
+    ]
+    assert run("--object", "x,help").stdout == run("--object", "help").stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,6 @@ import pytest
 from tests.interop.programs import OURS, Server, Servers, attempt, run
 
 pytestmark = pytest.mark.peer("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo")
-
-MAX = 120  # characters of a message
 
 
 @pytest.fixture
@@ -114,22 +113,22 @@ def test_depths_over_a_chain_are_those_of_qemu_nbd(servers: Servers, tmp_path: P
 def refused(*command: object) -> str:
     done = attempt(*command)
     assert done.returncode == 1
-    return done.stderr.strip().partition(": ")[2]
+    return done.stderr.strip()
 
 
 def both(tmp_path: Path, *words: object) -> tuple[str, str]:
     socket = tmp_path / "refused.sock"
-    return (
-        refused("qemu-nbd", "-k", socket, *words).splitlines()[0],
-        refused(*OURS, "-k", socket, *words).splitlines()[0],
-    )
+    theirs = refused("qemu-nbd", "-k", socket, *words).splitlines()[0]
+    return theirs.removeprefix("qemu-nbd: "), refused(*OURS, "-k", socket, *words).removeprefix("nbdserve: ")
 
 
 def test_what_is_refused_is_refused_in_the_same_words(image: Path, tmp_path: Path) -> None:
     stale = tmp_path / "stale.qcow2"
     data = bytearray(image.read_bytes())
-    at = data.index(b"b0", 65536)  # in the directory, behind the header
-    data[at - 9] |= 1  # in use
+    extension = data.index(struct.pack(">I", 0x23852875)) + 8
+    (directory,) = struct.unpack_from(">Q", data, extension + 16)
+    assert data[directory + 24 : directory + 26] == b"b0"
+    data[directory + 15] |= 1  # in use
     stale.write_bytes(data)
     run("qemu-img", "snapshot", "-c", "one", image)
     raw = tmp_path / "raw"
@@ -147,7 +146,7 @@ def test_what_is_refused_is_refused_in_the_same_words(image: Path, tmp_path: Pat
         ["-f", "raw", "-l", "one", raw],
     ):
         theirs, ours = both(tmp_path, *words)
-        assert ours.replace("Failed to blk_new_open", "") == theirs, words
+        assert ours == theirs, words
 
 
 @pytest.mark.parametrize("choice", ["one", "1", "snapshot.id=1", "snapshot.name=one"])

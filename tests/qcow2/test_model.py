@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from drivers.block.image import ImageNode
@@ -89,6 +89,7 @@ def test_any_sequence_of_requests_agrees_with_a_bytearray(
         suppress_health_check=list(HealthCheck),
         derandomize=True,
         database=None,
+        phases=(Phase.explicit, Phase.generate),
     )
     @given(steps=sequences(kinds(options)))
     def sequence(steps: list[Operation]) -> None:
@@ -128,8 +129,9 @@ class Template:
             path.write_bytes(content)
         model = ImageModel(await self.open(), bytearray(self.content), reopen=self.open)
         try:
-            await model.check()
-            await model.replay(steps)
+            with trio.fail_after(60):
+                await model.check()
+                await model.replay(steps)
         finally:
             await model.node.aclose()
         check(self.path, encrypted=self.encrypted)

@@ -11,17 +11,28 @@ import structlog
 
 from drivers.block.extents import Extent
 from drivers.block.graph import OpenContext
-from drivers.block.image import ImageInfo, ImageNode
+from drivers.block.image import (
+    CheckReport,
+    CreateContext,
+    ImageInfo,
+    ImageNode,
+    Measurement,
+    Repair,
+)
 from drivers.block.limits import Limits
 from drivers.block.node import Node, OpenFlags, Preallocation
 from drivers.block.permission import ALL, Permission
 from drivers.errors import ImageError, RequestError
 from drivers.format.qcow2.bitmaps import StoredBitmaps
-from drivers.format.qcow2.header import CryptMethod, Incompatible
+from drivers.format.qcow2.description import describe
+from drivers.format.qcow2.encryption import unlock
+from drivers.format.qcow2.header import CryptMethod, Header, Incompatible
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.imagefile import ImageFile
+from drivers.format.qcow2.new import CREATE_OPTIONS
 from drivers.format.qcow2.opening import open_backing, open_data_file, read_header, read_tables
 from drivers.format.qcow2.options import take_options
+from drivers.format.qcow2.preallocating import preallocate
 from drivers.format.qcow2.reading import Reader
 from drivers.format.qcow2.resizing import resize
 from drivers.format.qcow2.snapshots import Qcow2Snapshots, read_snapshots
@@ -36,6 +47,7 @@ class Qcow2Node(ImageNode):
     """`image` does the work; here it meets the block layer."""
 
     driver_name = "qcow2"
+    create_options = CREATE_OPTIONS
 
     def __init__(self, image: Image, *, flags: OpenFlags, name: str = "") -> None:
         header = image.header
@@ -64,8 +76,8 @@ class Qcow2Node(ImageNode):
         flags = context.flags
         if file_node.flags.read_only and flags.auto_read_only:
             flags = replace(flags, read_only=True)
-        header = await read_header(file_node)
-        if header.incompatible & Incompatible.CORRUPT and not flags.read_only:
+        header = await read_header(file_node, for_check=flags.for_check)
+        if header.incompatible & Incompatible.CORRUPT and not flags.read_only and not flags.for_check:
             raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
         settings = take_options(options, header, flags)
         file = ImageFile(
@@ -75,14 +87,19 @@ class Qcow2Node(ImageNode):
             on_corruption=lambda reason: log.error("qcow2", image=context.name, problem=reason),
         )
         l1, refcount_table = await read_tables(file)
-        snapshots = await read_snapshots(file)
+        snapshots = ([], 0) if flags.for_check else await read_snapshots(file)
         data = await open_data_file(context, options, header)
         backing = await open_backing(context, options, header)
         image = Image(file, data or file_node, settings, l1=l1, refcount_table=refcount_table)
+        image.crypt, image.volume = await unlock(file_node, header, options, context.graph.objects)
+        image.crypt_by_guest = header.crypt_method == CryptMethod.AES
         node = cls(image, flags=flags, name=context.name)
         node.snapshots = Qcow2Snapshots(node, image, *snapshots)
-        await node.snapshots.claim()
         await node.use("file", file_node)
+        if header.incompatible & Incompatible.DIRTY and not flags.read_only and not flags.for_check:
+            await node._repair_dirty()
+        else:
+            await node.snapshots.claim()
         await node._load_bitmaps()
         if data is not None:
             await node.use("data-file", data)
@@ -90,6 +107,12 @@ class Qcow2Node(ImageNode):
             await node.use("backing", backing)
             image.backing = node.backing = backing
         return node
+
+    async def _repair_dirty(self) -> None:
+        """Whoever wrote last with lazy refcounts did not come to an end: count anew."""
+        report = await self.check(Repair.ALL)
+        if report.check_errors or report.corruptions:
+            raise ImageError("qcow2: Could not repair dirty image")
 
     def _child_permissions(
         self, role: str, needed: Permission, shared: Permission, /
@@ -139,12 +162,15 @@ class Qcow2Node(ImageNode):
         return await self._reader.block_status(offset, length)
 
     async def _truncate(self, size: int, /, *, preallocation: Preallocation) -> None:
-        if preallocation is not Preallocation.OFF:
-            raise RequestError(errno.ENOTSUP)
+        if preallocation is not Preallocation.OFF and size < self.size:
+            raise RequestError(errno.ENOTSUP, "Preallocation can't be used for shrinking an image")
         if size % 512:
             raise RequestError(errno.EINVAL, "The new size must be a multiple of 512")
         self.check_resizable()
+        before = self.size
         await resize(self.image, self._unmapper, size)
+        if preallocation is not Preallocation.OFF and size > before:
+            await preallocate(self.image, before, size, preallocation)
 
     async def _close(self) -> None:
         image = self.image
@@ -224,12 +250,62 @@ class Qcow2Node(ImageNode):
 
     # --- image tools ------------------------------------------------------------------------
 
+    @classmethod
+    async def create(cls, context: CreateContext, options: Options, /) -> None:
+        from drivers.format.qcow2.create import create  # only image tools need it
+
+        await create(context, options)
+
+    @classmethod
+    async def measure(cls, options: Options, source: Node | None, /) -> Measurement:
+        from drivers.format.qcow2.measure import measure
+
+        return await measure(options, source)
+
     async def info(self) -> ImageInfo:
-        header = self.image.header
-        return ImageInfo(
-            cluster_size=header.cluster_size,
-            encrypted=header.crypt_method != CryptMethod.NONE,
-            dirty=bool(header.incompatible & Incompatible.DIRTY),
-            backing_filename=header.backing_name,
-            backing_format=header.backing_format,
-        )
+        return describe(self.image, list(self.bitmaps.values()))
+
+    async def check(self, repair: Repair = Repair.NONE) -> CheckReport:
+        from drivers.format.qcow2.check import check
+
+        image = self.image
+        async with self.alone():
+            if not self.flags.read_only and not image.file.corrupt:
+                await image.metadata.finish()
+            report, header = await check(image.file.node, image.header, repair)
+            if repair is not Repair.NONE:
+                await self._read_anew(header)
+            return report
+
+    async def _read_anew(self, header: Header) -> None:
+        """The file was changed behind the tables in memory."""
+        image = self.image
+        image.file.header = header
+        image.file.corrupt = False
+        image.file.forget_owners()
+        l1, refcount_table = await read_tables(image.file)
+        image.mapping.read_anew(l1)
+        image.refcounts.read_anew(refcount_table)
+        assert isinstance(self.snapshots, Qcow2Snapshots)
+        self.snapshots = Qcow2Snapshots(self, image, *await read_snapshots(image.file))
+        await self.snapshots.claim()
+
+    async def change_backing(self, filename: str | None, image_format: str | None) -> None:
+        self._check_changeable()
+        async with self.alone():
+            if self.image.header.raw_data_file and filename:
+                raise RequestError(errno.EINVAL, "a raw data file cannot have a backing file")
+            file = self.image.file
+            try:
+                await file.update_header(backing_name=filename or None, backing_format=image_format or None)
+            except ImageError as error:
+                raise RequestError(errno.ENOSPC, str(error)) from None
+            await file.flush()
+
+    async def make_empty(self) -> None:
+        self._check_changeable()
+        async with self.alone():
+            image = self.image
+            await image.metadata.mark_dirty()
+            await self._unmapper.forget(0, -(-self.size // image.file.cluster_size))
+            await image.metadata.flush()

@@ -230,11 +230,12 @@ def _extension(kind: int, data: bytes) -> bytes:
     return _EXTENSION.pack(kind, len(data)) + data + bytes(-len(data) % 8)
 
 
-def parse_header(data: bytes) -> Header:
+def parse_header(data: bytes, *, for_check: bool = False) -> Header:
     """The header from the first cluster (or as much of it as there is, at least 72 bytes).
 
     Unknown incompatible features are refused by name; whether what is described fits together is
-    checked as far as the header alone can tell. Raises ImageError.
+    checked as far as the header alone can tell; but not, with `for_check`, what a check of the image
+    can repair. Raises ImageError.
     """
     if len(data) < V2_LENGTH:
         raise ImageError("qcow2 header is too short")
@@ -273,6 +274,8 @@ def parse_header(data: bytes) -> Header:
         raise ImageError(f"Unsupported encryption method {crypt_method}")
     header = replace(header, crypt_method=CryptMethod(crypt_method))
     _check(header)
+    if not for_check:
+        check_snapshot_table(header)
     if backing_offset:
         header = replace(header, backing_name=_backing_name(header, data, backing_offset, backing_size))
     return header
@@ -427,13 +430,6 @@ def _check(header: Header) -> None:
         header, header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits,
         MAX_REFCOUNT_TABLE_BYTES, "Reference count table",
     )  # fmt: skip
-    if header.snapshot_count > MAX_SNAPSHOTS:
-        raise ImageError("Snapshot table too large")
-    if header.snapshot_count:
-        check_table(
-            header, header.snapshots_offset, header.snapshot_count * SNAPSHOT_ENTRY_SIZE,
-            MAX_SNAPSHOT_TABLE_BYTES, "Snapshot table",
-        )  # fmt: skip
     if header.l1_size > MAX_L1_BYTES // 8:
         raise ImageError("Active L1 table too large")
     if header.needed_l1_size(header.size) > MAX_L1_BYTES // 8:
@@ -442,6 +438,17 @@ def _check(header: Header) -> None:
         raise ImageError("L1 table is too small")
     if header.l1_size:
         check_table(header, header.l1_table_offset, header.l1_size * 8, MAX_L1_BYTES, "Active L1 table")
+
+
+def check_snapshot_table(header: Header) -> None:
+    """Raises ImageError."""
+    if header.snapshot_count > MAX_SNAPSHOTS:
+        raise ImageError("Snapshot table too large")
+    if header.snapshot_count:
+        check_table(
+            header, header.snapshots_offset, header.snapshot_count * SNAPSHOT_ENTRY_SIZE,
+            MAX_SNAPSHOT_TABLE_BYTES, "Snapshot table",
+        )  # fmt: skip
 
 
 def check_table(header: Header, offset: int, length: int, limit: int, name: str) -> None:

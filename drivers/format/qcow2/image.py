@@ -6,11 +6,12 @@ import errno
 from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 import trio
 
 from drivers.block.node import Node
+from drivers.crypto.cipher import SectorCipher
+from drivers.crypto.luks.volume import Volume
 from drivers.errors import RequestError
 from drivers.format.qcow2.header import Header
 from drivers.format.qcow2.imagefile import ImageFile
@@ -20,16 +21,8 @@ from drivers.format.qcow2.metadata import Metadata
 from drivers.format.qcow2.options import Qcow2Options
 from drivers.format.qcow2.refcounts import Refcounts
 
-# Threads that (de)compress and (de)crypt for one image.
+# Threads that (de)compress for one image.
 WORKERS = 4
-
-
-class SectorCipher(Protocol):
-    """Encrypts whole sectors of 512 bytes in place. Called in threads."""
-
-    def encrypt(self, sector: int, data: memoryview, /) -> None: ...
-
-    def decrypt(self, sector: int, data: memoryview, /) -> None: ...
 
 
 class Busy:
@@ -86,6 +79,8 @@ class Image:
         self.options = options
         self.backing: Node | None = None
         self.crypt: SectorCipher | None = None
+        # With LUKS, what has the key slots.
+        self.volume: Volume | None = None
         # The cipher counts sectors of the guest's disk, not of the file.
         self.crypt_by_guest = False
         self.size = header.size

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+from drivers.block.inline import read_now, write_now
 from drivers.block.node import Node
+from drivers.block.pace import Pace
 from drivers.errors import RequestError
 from drivers.format.qcow2.header import Header, Incompatible
 
@@ -43,6 +45,8 @@ class ImageFile:
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self._on_corruption = on_corruption
+        # Whether writing into the page cache waits for no disk at the moment.
+        self.pace = Pace()
         # The image turned out to be damaged: nothing is written to it any more.
         self.corrupt = False
         # What the host clusters with metadata hold, by cluster index: no data may be written there.
@@ -55,14 +59,16 @@ class ImageFile:
     async def read(self, offset: int, length: int) -> bytearray:
         data = bytearray(length)
         inside = min(length, max(0, self.node.size - offset))
-        if inside:
-            await self.node.read_into(offset, memoryview(data)[:inside])
+        part = memoryview(data)[:inside]
+        if inside and not read_now(self.node, offset, part):
+            await self.node.read_into(offset, part)
         return data
 
     async def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         if not self.node.grow(offset + len(data)):
             raise RequestError(errno.ENOSPC)
-        await self.node.write(offset, data)
+        if not write_now(self.node, offset, memoryview(data), self.pace):
+            await self.node.write(offset, data)
 
     async def flush(self) -> None:
         await self.node.flush()
@@ -97,6 +103,11 @@ class ImageFile:
             return
         for cluster in self._clusters(offset, length):
             self.owners[cluster] = owner
+
+    def forget_owners(self) -> None:
+        """All metadata may lie elsewhere now: whoever knows claims it anew."""
+        self.owners.clear()
+        self.claim(0, self.cluster_size, "main-header")
 
     def release(self, offset: int, length: int) -> None:
         for cluster in self._clusters(offset, length):

@@ -49,7 +49,7 @@ ALL_ZERO = ALL_ALLOCATED << SUBCLUSTERS
 def compressed_range(entry: int, cluster_bits: int) -> tuple[int, int]:
     """(host offset, bytes) of a compressed cluster descriptor: the sectors that hold the data."""
     shift = 62 - (cluster_bits - 8)
-    offset = entry & ((1 << shift) - 1) & (MAX_HOST_OFFSET - 1)
+    offset = entry & ((1 << shift) - 1)
     sectors = (entry >> shift & ((1 << (62 - shift)) - 1)) + 1
     return offset, sectors * 512 - (offset & 511)
 

@@ -27,35 +27,35 @@ from drivers.format.qcow2.layout import (
 from drivers.options.schema import Options, Value
 
 CREATE_OPTIONS = (
-    CreateOption("backing_file", "string", "File name of a base image"),
-    CreateOption("backing_fmt", "string", "Image format of the base image"),
-    CreateOption("cluster_size", "size", "qcow2 cluster size", "65536"),
-    CreateOption("compat", "string", "Compatibility level (v2 [0.10] or v3 [1.1])"),
-    CreateOption(
-        "compression_type", "string", "Compression method used for image cluster compression", "zlib"
-    ),
-    CreateOption("data_file", "string", "File name of an external data file"),
-    CreateOption("data_file_raw", "boolean", "The external data file must stay valid as a raw image"),
-    CreateOption("encrypt.cipher-alg", "string", "Name of encryption cipher algorithm"),
-    CreateOption("encrypt.cipher-mode", "string", "Name of encryption cipher mode"),
-    CreateOption("encrypt.format", "string", "Encrypt the image, format choices: 'aes', 'luks'"),
-    CreateOption("encrypt.hash-alg", "string", "Name of encryption hash algorithm"),
-    CreateOption("encrypt.iter-time", "number", "Time to spend in PBKDF in milliseconds"),
-    CreateOption("encrypt.ivgen-alg", "string", "Name of IV generator algorithm"),
-    CreateOption("encrypt.ivgen-hash-alg", "string", "Name of IV generator hash algorithm"),
-    CreateOption("encrypt.key-secret", "string", "ID of secret providing qcow AES key or LUKS passphrase"),
     CreateOption(
         "encryption",
         "boolean",
         "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
     ),
+    CreateOption("encrypt.format", "string", "Encrypt the image, format choices: 'aes', 'luks'"),
+    CreateOption("encrypt.key-secret", "string", "ID of secret providing qcow AES key or LUKS passphrase"),
+    CreateOption("encrypt.cipher-alg", "string", "Name of encryption cipher algorithm"),
+    CreateOption("encrypt.cipher-mode", "string", "Name of encryption cipher mode"),
+    CreateOption("encrypt.ivgen-alg", "string", "Name of IV generator algorithm"),
+    CreateOption("encrypt.ivgen-hash-alg", "string", "Name of IV generator hash algorithm"),
+    CreateOption("encrypt.hash-alg", "string", "Name of encryption hash algorithm"),
+    CreateOption("encrypt.iter-time", "number", "Time to spend in PBKDF in milliseconds"),
+    CreateOption("cluster_size", "size", "qcow2 cluster size", "65536"),
     CreateOption("extended_l2", "boolean", "Extended L2 tables", "off"),
-    CreateOption("lazy_refcounts", "boolean", "Postpone refcount updates", "off"),
     CreateOption(
         "preallocation", "string", "Preallocation mode (allowed values: off, metadata, falloc, full)"
     ),
-    CreateOption("refcount_bits", "number", "Width of a reference count entry in bits", "16"),
+    CreateOption(
+        "compression_type", "string", "Compression method used for image cluster compression", "zlib"
+    ),
     CreateOption("size", "size", "Virtual disk size"),
+    CreateOption("compat", "string", "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    CreateOption("backing_file", "string", "File name of a base image"),
+    CreateOption("backing_fmt", "string", "Image format of the base image"),
+    CreateOption("data_file", "string", "File name of an external data file"),
+    CreateOption("data_file_raw", "boolean", "The external data file must stay valid as a raw image"),
+    CreateOption("lazy_refcounts", "boolean", "Postpone refcount updates", "off"),
+    CreateOption("refcount_bits", "number", "Width of a reference count entry in bits", "16"),
 )
 
 T = TypeVar("T")

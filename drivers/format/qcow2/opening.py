@@ -17,15 +17,15 @@ from drivers.format.qcow2.refcounts import unpack_table
 from drivers.options.schema import Options, Tree
 
 
-async def read_header(node: Node) -> Header:
-    """The header of the image in `node`. Raises ImageError."""
+async def read_header(node: Node, *, for_check: bool = False) -> Header:
+    """The header of the image in `node`; see parse_header(). Raises ImageError."""
     first = await _read(node, 0, min(node.size, 4096))
     try:
-        return parse_header(first)
+        return parse_header(first, for_check=for_check)
     except ImageError:
         # Most headers fit into what was read; those of large clusters may not.
         whole = await _read(node, 0, min(node.size, 1 << MAX_CLUSTER_BITS))
-        return parse_header(whole)
+        return parse_header(whole, for_check=for_check)
 
 
 async def _read(node: Node, offset: int, length: int) -> bytes:
@@ -61,7 +61,7 @@ async def open_data_file(context: OpenContext, options: Options, header: Header)
     if header.data_file_name is None:
         raise OptionError("'data-file' is required for this image")
     _refuse_untrusted(context, "data file", header.data_file_name)
-    tree = image_tree(context.graph, beside(context, header.data_file_name), None)
+    tree = image_tree(context.graph, header.data_file_name, None)
     node = await context.graph.open(_only_file(tree), inherited_flags(context.flags), depth=context.depth + 1)
     context.adopt(node)
     return node
@@ -75,6 +75,8 @@ def _only_file(tree: Tree) -> Tree:
 
 async def open_backing(context: OpenContext, options: Options, header: Header) -> Node | None:
     """The backing file, opened read-only; None if there is none, or the user wants none."""
+    if context.flags.no_backing and "backing" not in options:
+        return None
     if "backing" in options:
         reference = options.reference("backing")
         if not reference:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
 from drivers.block.extents import Extent, ExtentFlags, Span
+from drivers.block.inline import read_now
 from drivers.block.node import MAX_EXTENTS, Node
+from drivers.crypto.cipher import in_turns
 from drivers.format.qcow2.compress import decompress
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO, compressed_range
@@ -39,22 +42,31 @@ class Reader:
         image, mapping = self._image, self._mapping
         if image.crypt is not None:
             return None
-        cluster = offset >> self._bits
-        if (offset + length - 1) >> self._bits == cluster and not mapping.extended:
-            # Most requests lie in one cluster.
-            found = mapping.slices.get(cluster >> self._slice_bits)
-            if found is not None:
-                found.used = True
-                entry = found.entries[cluster & self._slice_mask]
-                host = entry & OFFSET_MASK
-                if host and not (entry & (COMPRESSED | ZERO | self._mask & OFFSET_MASK)):
-                    host += offset & self._mask
-                    if host + length <= image.data.size:
-                        return self._data_plain(host, length)
+        first, last = offset >> self._bits, (offset + length - 1) >> self._bits
+        found = mapping.slices.get(first >> self._slice_bits)
+        if found is not None and not mapping.extended:
+            # Most requests lie in one cluster, or in neighbours that are neighbours in the file too.
+            found.used = True
+            at = first & self._slice_mask
+            entry = found.entries[at]
+            host = entry & OFFSET_MASK
+            if (
+                host
+                and not entry & (COMPRESSED | ZERO | self._mask & OFFSET_MASK)
+                and (first == last or self._in_a_row(found.entries, at, last - first + 1))
+            ):
+                host += offset & self._mask
+                if host + length <= image.data.size:
+                    return self._data_plain(host, length)
         pieces: list[Piece] = []
         if mapping.pieces(offset, offset + length, pieces) != offset + length:
             return None
         return self._spans(offset, pieces)
+
+    def _in_a_row(self, entries: array[int], at: int, count: int) -> bool:
+        """Whether `count` L2 entries from `at` on lead to neighbours in the file."""
+        first, step = entries[at], self._mask + 1
+        return entries[at : at + count] == array("Q", range(first, first + count * step, step))
 
     def _spans(self, offset: int, pieces: list[Piece]) -> list[Span] | None:
         image = self._image
@@ -91,25 +103,42 @@ class Reader:
             jobs: list[Callable[[], Awaitable[None]]] = []
             for piece in pieces:
                 part = buffer[done : done + piece.length]
-                jobs.append(self._job(piece, offset + done, part))
+                if not self._read_now(piece, offset + done, part):
+                    jobs.append(self._job(piece, offset + done, part))
                 done += piece.length
-            await together(jobs)
+            if jobs:
+                await together(jobs)
+
+    def _read_now(self, piece: Piece, offset: int, part: memoryview) -> bool:
+        """Fill `part` if that needs no waiting."""
+        image = self._image
+        if piece.kind == DATA:
+            inside = piece.host + len(part) <= image.data.size
+            return image.crypt is None and inside and read_now(image.data, piece.host, part)
+        if piece.kind in (HOLE, RESERVED) and (reach := image.backing_length(offset, len(part))):
+            assert image.backing is not None
+            if not read_now(image.backing, offset, part[:reach]):
+                return False
+            part[reach:] = bytes(len(part) - reach)
+            return True
+        if piece.kind == DEFLATED:
+            return False
+        part[:] = bytes(len(part))
+        return True
 
     def _job(self, piece: Piece, offset: int, part: memoryview) -> Callable[[], Awaitable[None]]:
         if piece.kind == DATA:
             return lambda: self._read_data(piece.host, offset, part)
         if piece.kind == DEFLATED:
             return lambda: self._read_compressed(piece.host, offset, part)
-        if piece.kind in (HOLE, RESERVED):
-            return lambda: self._read_backing(offset, part)
-        return lambda: _zero(part)
+        return lambda: self._read_backing(offset, part)
 
     async def _read_data(self, host: int, offset: int, part: memoryview) -> None:
         image = self._image
         await read_padded(image.data, host, part)
         if image.crypt is not None:
             crypt, sector = image.crypt, image.crypt_sector(host, offset)
-            await trio.to_thread.run_sync(crypt.decrypt, sector, part, limiter=image.threads)
+            await in_turns(crypt.decrypt, sector, part)
 
     async def _read_backing(self, offset: int, part: memoryview) -> None:
         image = self._image
@@ -174,12 +203,13 @@ class Reader:
             assert image.backing is not None
             for extent in await image.backing.block_status(offset + done, reach - done):
                 depth = extent.depth + 1 if extent.depth else 0
-                out.append(extent._replace(depth=depth))
+                short = extent.short + 1 if extent.short else 0
+                out.append(extent._replace(depth=depth, short=short))
                 done += extent.length
         if done < reach:
             return False
         if reach < length:
-            out.append(Extent(length - reach, ExtentFlags.ZERO, 0))
+            out.append(Extent(length - reach, ExtentFlags.ZERO, 0, short=0 if image.backing is None else 2))
         return True
 
 
@@ -189,10 +219,6 @@ async def read_padded(node: Node, offset: int, buffer: memoryview) -> None:
     if inside:
         await node.read_into(offset, buffer[:inside])
     buffer[inside:] = bytes(len(buffer) - inside)
-
-
-async def _zero(part: memoryview) -> None:
-    part[:] = bytes(len(part))
 
 
 async def together(jobs: list[Callable[[], Awaitable[None]]]) -> None:

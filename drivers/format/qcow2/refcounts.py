@@ -254,6 +254,12 @@ class Refcounts:
         self._window = self._window_end = self._cursor = 0
         self.open_cluster = None
 
+    def read_anew(self, table: array[int]) -> None:
+        """The file was changed: this is its table now, and nobody has claimed any metadata."""
+        self.drop()
+        self.table = table
+        self._claim_table()
+
     # --- counting ---------------------------------------------------------------------------
 
     async def get(self, cluster: int) -> int:

@@ -153,7 +153,7 @@ class Unmapper:
     async def forget(self, first: int, last: int) -> None:
         """Guest clusters from `first` up to `last` (exclusive) have nothing of their own any more: the
         backing file shows."""
-        await self._change(first, last, lambda entry, bitmap: (0, 0), "other")
+        await self._change(first, last, lambda entry, bitmap: (0, 0), "snapshot")
 
     # --- the mapping ------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import trio
 
 from drivers.block.extents import Span
+from drivers.block.inline import write_now
+from drivers.crypto.cipher import in_turns
 from drivers.format.qcow2.compress import compress
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.layout import (
@@ -188,9 +190,10 @@ class Writer:
         if image.crypt is not None:
             data = memoryview(bytearray(data))
             crypt, sector = image.crypt, image.crypt_sector(host, guest)
-            await trio.to_thread.run_sync(crypt.encrypt, sector, data, limiter=image.threads)
-        image.data.grow(host + len(data))  # what cannot grow refuses the write
-        await image.data.write(host, data)
+            await in_turns(crypt.encrypt, sector, data)
+        inside = image.data.grow(host + len(data))  # what cannot grow refuses the write
+        if not (inside and write_now(image.data, host, data, image.file.pace)):
+            await image.data.write(host, data)
 
     # --- allocating -------------------------------------------------------------------------
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nbdserve.exports import nbd
-from nbdserve.exports.nbd import Pace
+from drivers.block import pace as module
+from drivers.block.pace import Pace
 
 
 class Clock:
@@ -18,7 +18,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(nbd, "time", clock)
+    monkeypatch.setattr(module, "time", clock)
     return clock
 
 

@@ -1,0 +1,98 @@
+"""All that an L1 table leads to: L2 tables and clusters, their reference counts and COPIED flags.
+
+What is in the mapping's memory is in the file too when these are called, and nothing else is in
+flight: the tables are read from the file.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+import trio
+
+from drivers.format.qcow2.image import Image
+from drivers.format.qcow2.layout import COMPRESSED, COPIED, L1_RESERVED, OFFSET_MASK, compressed_range
+from drivers.format.qcow2.refcounts import Counts, unpack_table
+
+WITHOUT_COPIED = COPIED - 1
+
+
+def used(l1: array[int]) -> Iterator[tuple[int, int]]:
+    """(L1 index, entry) where there is an L2 table."""
+    return ((index, entry) for index, entry in enumerate(l1) if entry & OFFSET_MASK)
+
+
+async def read_table(image: Image, index: int, entry: int) -> array[int]:
+    """The L2 table that an L1 entry leads to."""
+    file, offset = image.file, entry & OFFSET_MASK
+    if entry & (L1_RESERVED | file.cluster_size - 1):
+        raise await file.corruption(f"L2 table offset {offset:#x} unaligned (L1 index: {index:#x})")
+    await trio.lowlevel.checkpoint()  # there may be very many
+    return unpack_table(await file.read(offset, file.cluster_size))
+
+
+def references(image: Image, entries: array[int]) -> list[tuple[int, int]]:
+    """(first cluster, count) of the host clusters that the entries of an L2 table refer to; one that
+    several compressed clusters share comes as often."""
+    bits = image.file.cluster_bits
+    runs: list[tuple[int, int]] = []
+    first = count = 0
+    for entry in entries[:: image.mapping.step]:
+        if entry & COMPRESSED:
+            offset, length = compressed_range(entry, bits)
+            start, end = offset >> bits, ((offset + length - 1) >> bits) + 1
+        elif entry & OFFSET_MASK:
+            start = (entry & OFFSET_MASK) >> bits
+            end = start + 1
+        else:
+            continue
+        if start == first + count:
+            count += end - start
+            continue
+        if count:
+            runs.append((first, count))
+        first, count = start, end - start
+    if count:
+        runs.append((first, count))
+    return runs
+
+
+def shared(image: Image, entries: array[int]) -> array[int]:
+    """The entries of an L2 table of whose clusters none may be written in place."""
+    step = image.mapping.step
+    out = entries[:]
+    out[::step] = array(
+        "Q", [entry if entry & COMPRESSED else entry & WITHOUT_COPIED for entry in entries[::step]]
+    )
+    return out
+
+
+class Flags:
+    """Tells what the COPIED flags ought to be."""
+
+    def __init__(self, image: Image) -> None:
+        self._refcounts = image.refcounts
+        self._bits = image.file.cluster_bits
+        self._step = image.mapping.step
+        self._index = -1
+        self._counts: Counts | None = None
+
+    async def corrected(self, entries: array[int]) -> array[int]:
+        """The entries of an active L2 table, with the flags as the refcounts demand them."""
+        out = entries[:]
+        for at in range(0, len(entries), self._step):
+            entry = entries[at]
+            if not entry & COMPRESSED and entry & OFFSET_MASK:
+                single = await self.is_single(entry & OFFSET_MASK)
+                out[at] = entry & WITHOUT_COPIED | (COPIED if single else 0)
+        return out
+
+    async def is_single(self, offset: int) -> bool:
+        cluster = offset >> self._bits
+        index = cluster >> self._refcounts.block_bits
+        if index != self._index:
+            # Most of them are in the same block.
+            self._index, self._counts = index, await self._refcounts.counts(index)
+        counts = self._counts
+        return counts is not None and counts[cluster & ((1 << self._refcounts.block_bits) - 1)] == 1

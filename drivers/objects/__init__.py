@@ -1,0 +1,1 @@
+"""Objects that the user defines beside the images: --object."""

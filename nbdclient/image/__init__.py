@@ -1,0 +1,1 @@
+"""nbdimg: one module for each subcommand, and what they share."""

@@ -1,0 +1,330 @@
+"""The copy behind `nbdimg convert`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import trio
+
+from drivers.block.extents import Extent, ExtentFlags
+from drivers.block.node import Node
+from drivers.errors import OptionError
+from nbdclient.image import plaincopy
+from nbdclient.image.cursor import ExtentCursor
+from nbdclient.image.session import warn
+from nbdclient.image.zeroes import data_runs
+
+SECTOR = 512
+# Through buffers so much is read at once; between host files so much is one job of a thread.
+STEP = 2 << 20
+PLAIN_STEP = 16 << 20
+# Zeroes are written in pieces, so that progress shows and a rate holds.
+ZERO_STEP = 1 << 30
+# Nodes through which a byte lies in the host file where it lies in the guest: a part left unwritten
+# keeps what it had.
+_IDENTITY = ("raw", "file", "host_device")
+
+
+class Source:
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.sectors = -(-node.size // SECTOR)
+        self.cursor = ExtentCursor(node)
+
+
+@dataclass
+class Target:
+    """`is_zero`: it reads as zeroes. `backing_size`: of the backing file that it is to rely on.
+    `compressed_cluster`: data is to be compressed, in clusters of so many bytes."""
+
+    node: Node
+    is_zero: bool
+    backing_size: int | None
+    compressed_cluster: int | None
+
+
+class Kind(Enum):
+    DATA = "data"
+    ZERO = "zero"
+    BACKING = "backing"
+
+
+class Job(NamedTuple):
+    """`length` bytes at `offset` of the target come from `source_offset` of `source`. `number` is its
+    place in the order."""
+
+    number: int
+    kind: Kind
+    source: Source
+    source_offset: int
+    offset: int
+    length: int
+
+
+class Copy:
+    """`sparse`: runs of so many zero bytes are not written as data; 0: all are."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        target: Target,
+        *,
+        sparse: int,
+        workers: int,
+        rate: int | None,
+        offload: bool,
+        salvage: bool,
+        in_order: bool,
+        progress: Callable[[float], object],
+    ) -> None:
+        self._sources = sources
+        self._target = target
+        self._node = target.node
+        self._sparse = sparse
+        self._workers = workers
+        self._pace = _Pace(rate) if rate else None
+        self._offload = offload
+        self._salvage = salvage
+        self._progress = progress
+        self._total = sum(source.sectors for source in sources) * SECTOR
+        self._done = 0
+        minimum = max(sparse, target.compressed_cluster or 0)
+        self._minimum = minimum
+        granule = 1 << minimum.bit_length() - 1 if minimum else SECTOR
+        self._granule = max(granule, target.node.limits.request_alignment)
+        self._turns = _Turns() if in_order and target.compressed_cluster is None else None
+        self._identity = target.node.driver_name in _IDENTITY and target.compressed_cluster is None
+
+    async def run(self) -> None:
+        """Raises OptionError."""
+        if not self._target.is_zero and self._target.backing_size is None and self._sparse:
+            await self._zero_beforehand()
+        jobs = self._jobs()
+        lock = trio.Lock()
+        async with trio.open_nursery() as nursery:
+            for _ in range(self._workers):
+                nursery.start_soon(self._work, jobs, lock)
+
+    async def _zero_beforehand(self) -> None:
+        """Where that is quick the whole target is zeroed, so that zeroes need not be written later."""
+        try:
+            for offset in range(0, self._node.size, ZERO_STEP):
+                length = min(ZERO_STEP, self._node.size - offset)
+                await self._node.write_zeroes(offset, length, fast=True)
+        except OSError:
+            return
+        self._target.is_zero = True
+
+    # --- what there is to do ----------------------------------------------------------------
+
+    async def _jobs(self) -> AsyncIterator[Job]:
+        """In the order of the target."""
+        base = number = 0
+        for source in self._sources:
+            position = 0
+            while position < source.node.size:
+                kind, length = await self._status(source, position, base + position)
+                step = ZERO_STEP
+                if kind is Kind.DATA:
+                    step = PLAIN_STEP if self._may_be_plain() else STEP
+                length = min(length, step - (base + position) % step)
+                yield Job(number, kind, source, position, base + position, length)
+                number += 1
+                position += length
+            base += source.sectors * SECTOR
+            if position % SECTOR and base <= self._node.size:
+                # The image ends inside a sector, the target behind it.
+                pad = -position % SECTOR
+                yield Job(number, Kind.ZERO, source, position, base - pad, pad)
+                number += 1
+
+    def _may_be_plain(self) -> bool:
+        return self._identity and not self._salvage
+
+    async def _status(self, source: Source, position: int, offset: int) -> tuple[Kind, int]:
+        end = source.node.size
+        backing = self._target.backing_size
+        if backing is not None and offset < backing:
+            end = min(end, position + backing - offset)
+        try:
+            extent = await source.cursor.at(position, end)
+        except OSError as error:
+            if not self._salvage:
+                raise OptionError(
+                    f"error while reading block status at offset {position}: {error.strerror}"
+                ) from None
+            warn(f"warning: error while reading block status at offset {position}: {error.strerror}")
+            return Kind.DATA, min(SECTOR, end - position)
+        return self._kind(extent, offset), extent.length
+
+    def _kind(self, extent: Extent, offset: int) -> Kind:
+        backing = self._target.backing_size
+        if backing is not None and extent.depth != 1:
+            # Not the source's own: the target's backing file has it.
+            return Kind.BACKING
+        if extent.depth and not extent.flags & ExtentFlags.ZERO:
+            return Kind.DATA
+        if backing is not None and offset >= backing:
+            return Kind.BACKING
+        return Kind.ZERO if self._sparse else Kind.DATA
+
+    # --- doing it ---------------------------------------------------------------------------
+
+    async def _work(self, jobs: AsyncIterator[Job], lock: trio.Lock) -> None:
+        buffer: bytearray | None = None
+        while True:
+            async with lock:
+                try:
+                    job = await anext(jobs)
+                except StopAsyncIteration:
+                    return
+            if self._pace is not None:
+                await self._pace.wait(job.length)
+            if job.kind is Kind.DATA:
+                if not await self._copy_plain(job):
+                    if buffer is None:
+                        buffer = bytearray(STEP)
+                    await self._copy_buffered(job, buffer)
+            else:
+                await self._turn(job)
+                if job.kind is Kind.ZERO:
+                    await self._zero(job.offset, job.length)
+            if self._turns is not None:
+                self._turns.finish(job.number)
+            self._done += job.length
+            self._progress(self._done / self._total)
+
+    async def _turn(self, job: Job) -> None:
+        if self._turns is not None:
+            await self._turns.wait(job.number)
+
+    async def _copy_plain(self, job: Job) -> bool:
+        """Copy from host file to host file, if both sides are plain; the order of such writes leaves
+        no trace."""
+        if not self._may_be_plain():
+            return False
+        source = job.source.node
+        spans = source.plain(job.source_offset, job.length)
+        onto = self._node.plain_write(job.offset, job.length) if spans is not None else None
+        if spans is None or onto is None:
+            return False
+        held = source.hold(job.source_offset, job.length), self._node.hold(job.offset, job.length)
+        try:
+            if self._sparse and not self._offload:
+                zeroes = await trio.to_thread.run_sync(
+                    lambda: plaincopy.copy_detecting(
+                        spans, onto, granule=self._granule, minimum=self._minimum, phase=job.offset
+                    )
+                )
+            else:
+                zeroes = []
+                await trio.to_thread.run_sync(plaincopy.copy_all, spans, onto)
+        except plaincopy.CopyError as error:
+            raise OptionError(
+                f"error while {error.doing} at byte {job.offset + error.position}: {error.error.strerror}"
+            ) from None
+        finally:
+            source.release(held[0])
+            self._node.release(held[1])
+        if not self._target.is_zero:
+            for start, length in zeroes:
+                await self._zero(job.offset + start, length)
+        return True
+
+    async def _copy_buffered(self, job: Job, buffer: bytearray) -> None:
+        for start in range(0, job.length, STEP):
+            length = min(STEP, job.length - start)
+            await self._read(job.source.node, job.source_offset + start, memoryview(buffer)[:length])
+            await self._turn(job)
+            await self._write(job.offset + start, buffer, length)
+
+    async def _read(self, node: Node, offset: int, part: memoryview) -> None:
+        try:
+            await node.read_into(offset, part)
+        except OSError as error:
+            if not self._salvage:
+                raise OptionError(f"error while reading at byte {offset}: {error.strerror}") from None
+            await self._read_sectors(node, offset, part)
+
+    async def _read_sectors(self, node: Node, offset: int, part: memoryview) -> None:
+        """What can be read; the rest as zeroes."""
+        for start in range(0, len(part), SECTOR):
+            sector = part[start : start + SECTOR]
+            try:
+                await node.read_into(offset + start, sector)
+            except OSError as error:
+                warn(f"warning: error while reading offset {offset + start}: {error.strerror}")
+                sector[:] = bytes(len(sector))
+
+    async def _write(self, offset: int, buffer: bytearray, length: int) -> None:
+        if not self._sparse and self._target.compressed_cluster is None:
+            await self._put(offset, memoryview(buffer)[:length])
+            return
+        done = 0
+        minimum = self._minimum if self._sparse else length + 1
+        for start, end in data_runs(buffer, length, granule=self._granule, minimum=minimum, phase=offset):
+            if start > done:
+                await self._zero(offset + done, start - done)
+            await self._put(offset + start, memoryview(buffer)[start:end])
+            done = end
+        if done < length:
+            await self._zero(offset + done, length - done)
+
+    async def _put(self, offset: int, data: memoryview) -> None:
+        cluster = self._target.compressed_cluster
+        try:
+            if cluster is None:
+                await self._node.write(offset, data)
+                return
+            for start in range(0, len(data), cluster):
+                await self._node.write_compressed(  # type: ignore[attr-defined]
+                    offset + start, data[start : start + cluster]
+                )
+        except OSError as error:
+            raise OptionError(f"error while writing at byte {offset}: {error.strerror}") from None
+
+    async def _zero(self, offset: int, length: int) -> None:
+        if self._target.is_zero:
+            return
+        try:
+            await self._node.write_zeroes(offset, length)
+        except OSError as error:
+            raise OptionError(f"error while writing at byte {offset}: {error.strerror}") from None
+
+
+class _Turns:
+    """Lets numbered jobs, which begin in order, go on in order."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._finished: set[int] = set()
+        self._waiting: dict[int, trio.Event] = {}
+
+    async def wait(self, number: int) -> None:
+        while number != self._next:
+            event = self._waiting.setdefault(number, trio.Event())
+            await event.wait()
+
+    def finish(self, number: int) -> None:
+        self._finished.add(number)
+        while self._next in self._finished:
+            self._finished.remove(self._next)
+            self._next += 1
+        if (event := self._waiting.pop(self._next, None)) is not None:
+            event.set()
+
+
+class _Pace:
+    """Holds a rate of `rate` bytes a second."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._next = 0.0
+
+    async def wait(self, length: int) -> None:
+        start = max(self._next, trio.current_time())
+        self._next = start + length / self._rate
+        await trio.sleep_until(start)

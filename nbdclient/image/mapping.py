@@ -1,0 +1,74 @@
+"""Where the bytes of an image come from, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from drivers.block.extents import ExtentFlags
+from drivers.block.node import Node
+from nbdclient.image.session import chain
+
+# So much is asked for at once: qemu-img's limit is the same.
+STEP = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`length` bytes at `start` of one kind. `layer` counts from 0, the image itself; `present`: that
+    layer has them, rather than nobody. `host_offset` where they lie plain in the layer's file."""
+
+    start: int
+    length: int
+    layer: int
+    present: bool
+    zero: bool
+    data: bool
+    compressed: bool
+    host_offset: int | None
+
+    def continues(self, other: Run) -> bool:
+        """Whether this, lying right behind `other`, is more of the same."""
+        if (self.layer, self.present, self.zero, self.data, self.compressed) != (
+            *(other.layer, other.present, other.zero, other.data, other.compressed),
+        ):
+            return False
+        if self.host_offset is None or other.host_offset is None:
+            return self.host_offset is other.host_offset
+        return self.host_offset == other.host_offset + other.length
+
+
+async def runs(node: Node, start: int, end: int) -> AsyncIterator[Run]:
+    """The runs that make up the range, neighbours of one kind not yet joined."""
+    layers = chain(node)
+    while start < end:
+        for extent in await node.block_status(start, min(end - start, STEP)):
+            rest = extent.length
+            while rest:
+                layer, length = extent.depth - 1, rest
+                if not extent.depth:
+                    layer, length = _nobodys(layers, start, rest)
+                yield Run(
+                    start=start,
+                    length=length,
+                    layer=layer,
+                    present=extent.depth > 0,
+                    zero=not extent.depth or bool(extent.flags & ExtentFlags.ZERO),
+                    data=bool(extent.flags & ExtentFlags.DATA),
+                    compressed=bool(extent.flags & ExtentFlags.COMPRESSED),
+                    host_offset=extent.host_offset,
+                )
+                start += length
+                rest -= length
+
+
+def _nobodys(layers: list[Node], start: int, length: int) -> tuple[int, int]:
+    """The lowest layer that reaches as far as `start`, which no layer has, and how much further it
+    reaches of `length`."""
+    deepest = 0
+    for index, layer in enumerate(layers[1:], 1):
+        if layer.size <= start:
+            break
+        deepest = index
+        length = min(length, layer.size - start)
+    return deepest, length
