@@ -146,6 +146,27 @@ async def test_a_snapshot_remembers_how_large_the_disk_was(tmp_path: Path) -> No
     check(path)
 
 
+@pytest.mark.parametrize("options", ["cluster_size=512", "cluster_size=512,refcount_bits=64"])
+async def test_tables_that_are_longer_than_what_a_refcount_block_covers(tmp_path: Path, options: str) -> None:
+    path = create(tmp_path / "disk.qcow2", 1 << 30, options)
+    qemu_io(path, "write -P 3 900M 64k")
+    async with opened(path) as node:
+        assert node.snapshots is not None
+        await node.snapshots.create("one")
+        await node.write(900 << 20, b"x" * 512)
+        await node.truncate(3 << 30)
+        await node.write((3 << 30) - 512, b"y" * 512)
+    check(path)
+    async with opened(path) as node:
+        assert node.snapshots is not None
+        await node.snapshots.apply("one")
+        found = bytearray(512)
+        await node.read_into(900 << 20, found)
+        assert found == b"\3" * 512
+        await node.snapshots.delete("one")
+    check(path)
+
+
 async def test_version_2_does_not_resize_with_snapshots(tmp_path: Path) -> None:
     path = create(tmp_path / "disk.qcow2", MIB, "compat=0.10")
     run("qemu-img", "snapshot", "-c", "one", path)

@@ -338,6 +338,8 @@ class Refcounts:
     async def allocate(self, count: int, *, fewer: bool = False) -> Run:
         """Like allocate_now(); waits for what it takes. RequestError(ENOSPC) where there is none."""
         async with self._lock:
+            if count > 1 << self.block_bits and not fewer:
+                return await self._allocate_long(count)
             run = self.allocate_now(count, fewer=fewer)
             while run is None:
                 # What is left of the window is too short, or its block was dropped.
@@ -348,6 +350,39 @@ class Refcounts:
                     raise RequestError(errno.ENOSPC)
             return run
 
+    async def _allocate_long(self, count: int) -> Run:
+        """Neighbours that one block does not cover: behind all that is covered already, and behind the
+        blocks that cover them."""
+        file = self._file
+        blocks = -(-count // ((1 << self.block_bits) - 1))
+        first = _behind_last(self.table)
+        while first + blocks > len(self.table):
+            await self._grow_table(first + blocks - 1)
+            first = _behind_last(self.table)
+        start = first << self.block_bits
+        end = start + blocks + count
+        if end << file.cluster_bits > MAX_HOST_OFFSET or not file.node.grow(end << file.cluster_bits):
+            raise RequestError(errno.ENOSPC)
+        offsets = [(start + number) << file.cluster_bits for number in range(blocks)]
+        await file.protect(offsets[0], (end - start) << file.cluster_bits)
+        new: dict[int, Block] = {}
+        for number, offset in enumerate(offsets):
+            counts = unpack_counts(bytes(file.cluster_size), self.order)
+            for index in range(min(len(counts), max(0, blocks - number * len(counts)))):
+                counts[index] = 1
+            await file.write(offset, pack_counts(counts))
+            new[first + number] = Block(offset, counts)
+        await file.flush()
+        entries = array("Q", offsets)
+        await file.write(file.header.refcount_table_offset + 8 * first, pack_table(entries))
+        self.table[first : first + blocks] = entries
+        self.blocks.update(new)
+        self._claim_table()
+        is_virgin = start + blocks >= self.virgin
+        await self.add(start + blocks, count, 1)
+        self.virgin = max(self.virgin, end)
+        return Run((start + blocks) << file.cluster_bits, count, is_virgin)
+
     async def give_back(self, run: Run) -> None:
         """Undo an allocation that nothing refers to."""
         with trio.CancelScope(shield=True):
@@ -355,8 +390,6 @@ class Refcounts:
 
     async def _find_window(self, count: int) -> None:
         """Look for `count` free neighbours; makes a new block where none covers what follows."""
-        if count > 1 << self.block_bits:
-            raise RequestError(errno.ENOSPC, "no such long run of clusters can be allocated")
         at = self._cursor
         if self._window < self._window_end and self._window >> self.block_bits not in self.blocks:
             at = min(at, self._window)
@@ -443,6 +476,11 @@ class Refcounts:
         self.virgin = max(self.virgin, start + used)
         self._claim_table()
         await self.add(old_offset >> file.cluster_bits, old_clusters, -1)
+
+
+def _behind_last(table: array[int]) -> int:
+    """The index behind the last entry that is used."""
+    return max((index + 1 for index, entry in enumerate(table) if entry), default=0)
 
 
 def _free_run(counts: Counts, start: int, wanted: int) -> tuple[int, int]:
