@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from typing import NamedTuple, TypeAlias
 
 import trio
@@ -274,22 +274,28 @@ class Refcounts:
     async def add(self, cluster: int, count: int, delta: int) -> list[int]:
         """Change the counts of `count` clusters by `delta`; the clusters that are free now. All or,
         with RequestError, none."""
-        done: list[tuple[Block, int]] = []
+        done: list[tuple[Block, range, list[int]]] = []
         freed: list[int] = []
         try:
-            for index in range(cluster, cluster + count):
-                block = await self._block(index >> self.block_bits)
-                value = 0 if block is None else block.counts[index & self._block_mask]
-                if block is None or not 0 <= value + delta <= self.maximum:
-                    raise await self._out_of_range(index, value, delta)
-                block.counts[index & self._block_mask] = value + delta
+            for first, where in self._by_block(cluster, count):
+                block = await self._block(first >> self.block_bits)
+                if block is None:
+                    raise await self._out_of_range(first, 0, delta)
+                before = [block.counts[index] for index in where]
+                for index, value in zip(where, before, strict=True):
+                    if not 0 <= value + delta <= self.maximum:
+                        raise await self._out_of_range(first + index - where.start, value, delta)
+                done.append((block, where, before))
                 block.dirty = True
-                done.append((block, index))
-                if not value + delta:
-                    freed.append(index)
+                for index, value in zip(where, before, strict=True):
+                    block.counts[index] = value + delta
+                if delta < 0 and -delta in before:
+                    base = first - where.start
+                    freed += [base + index for index in where if not block.counts[index]]
         except BaseException:
-            for block, index in done:
-                block.counts[index & self._block_mask] -= delta
+            for block, where, before in done:
+                for index, value in zip(where, before, strict=True):
+                    block.counts[index] = value
             raise
         if freed:
             # The lowest free clusters are used first, so that the file stays small.
@@ -300,6 +306,32 @@ class Refcounts:
             if self.open_cluster in freed:
                 self.open_cluster = None
         return freed
+
+    async def lower(self, cluster: int, count: int) -> list[int]:
+        """One reference less to each of these clusters that has several; the others."""
+        others: list[int] = []
+        for first, where in self._by_block(cluster, count):
+            block = await self._block(first >> self.block_bits)
+            if block is None:
+                raise await self._out_of_range(first, 0, -1)
+            base = first - where.start
+            block.dirty = True
+            for index in where:
+                if (value := block.counts[index]) > 1:
+                    block.counts[index] = value - 1
+                else:
+                    others.append(base + index)
+        return others
+
+    def _by_block(self, cluster: int, count: int) -> Iterator[tuple[int, range]]:
+        """These clusters, cut where another block begins: the first of each part, and where it is in
+        its block."""
+        end = cluster + count
+        while cluster < end:
+            at = cluster & self._block_mask
+            stop = min(at + end - cluster, self._block_mask + 1)
+            yield cluster, range(at, stop)
+            cluster += stop - at
 
     async def _out_of_range(self, cluster: int, value: int, delta: int) -> RequestError:
         if delta > 0 and value:
