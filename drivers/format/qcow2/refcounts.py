@@ -271,6 +271,16 @@ class Refcounts:
         block = await self._block(index)
         return None if block is None else block.counts
 
+    async def in_use(self, count: int) -> bool:
+        """Whether so many clusters of the file are in use."""
+        for index in range(len(self.table)):
+            counts = await self.counts(index)
+            if counts is not None:
+                count -= len(counts) - counts.count(0)
+            if count <= 0:
+                return True
+        return False
+
     async def add(self, cluster: int, count: int, delta: int) -> list[int]:
         """Change the counts of `count` clusters by `delta`; the clusters that are free now. All or,
         with RequestError, none."""
