@@ -95,7 +95,7 @@ class Qcow2Node(ImageNode):
         if header.incompatible & Incompatible.DIRTY and not flags.read_only and not flags.for_check:
             await node._repair_dirty()
         else:
-            await node.snapshots.claim_all()
+            await node.snapshots.claim()
         await node._load_bitmaps()
         if data is not None:
             await node.use("data-file", data)
@@ -284,7 +284,7 @@ class Qcow2Node(ImageNode):
         image.refcounts.read_anew(refcount_table)
         assert isinstance(self.snapshots, Qcow2Snapshots)
         self.snapshots = Qcow2Snapshots(self, image, *await read_snapshots(image.file))
-        await self.snapshots.claim_all()
+        await self.snapshots.claim()
 
     async def change_backing(self, filename: str | None, image_format: str | None) -> None:
         self._check_changeable()
