@@ -12,7 +12,7 @@ from drivers.block.graph import Graph
 from drivers.block.node import OpenFlags
 from drivers.block.opening import open_image, open_options
 from drivers.catalog import Catalog
-from drivers.errors import OptionError, RequestError
+from drivers.errors import ImageError, OptionError, RequestError
 
 
 @pytest.fixture
