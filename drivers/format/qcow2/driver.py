@@ -27,6 +27,7 @@ from drivers.format.qcow2.encryption import unlock
 from drivers.format.qcow2.header import CryptMethod, Header, Incompatible
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.imagefile import ImageFile
+from drivers.format.qcow2.inline import InlineWriter
 from drivers.format.qcow2.new import CREATE_OPTIONS
 from drivers.format.qcow2.opening import open_backing, open_data_file, read_header, read_tables
 from drivers.format.qcow2.options import take_options
@@ -58,11 +59,12 @@ class Qcow2Node(ImageNode):
         self.backing: Node | None = None
         self._reader = Reader(image)
         self._writer = Writer(image, self._reader)
+        self._inline = InlineWriter(image)
         self.stored_bitmaps = StoredBitmaps(self, image)
         self._unmapper = Unmapper(image, self._writer)
         # One call less for every request of the hot path.
         self._plain = self._reader.plain  # type: ignore[method-assign]
-        self._plain_write = self._writer.plain_write  # type: ignore[method-assign]
+        self._plain_write = self._inline.plain_write  # type: ignore[method-assign]
 
     # --- opening ----------------------------------------------------------------------------
 
@@ -123,6 +125,9 @@ class Qcow2Node(ImageNode):
 
     async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
         await self._reader.read_into(offset, buffer)
+
+    def _write_now(self, offset: int, data: memoryview, /) -> bool:
+        return self._inline.write_now(offset, data)
 
     async def _write(self, offset: int, data: memoryview, /, *, fua: bool) -> None:
         await self._writer.write(offset, data)
@@ -227,7 +232,7 @@ class Qcow2Node(ImageNode):
 
     async def _prepare(self) -> None:
         await self.stored_bitmaps.prepare()
-        self._plain_write = self._writer.plain_write  # type: ignore[method-assign]
+        self._plain_write = self._inline.plain_write  # type: ignore[method-assign]
 
     async def add_bitmap(self, name: str, granularity: int | None = None, *, enabled: bool = True) -> None:
         self._check_changeable()
