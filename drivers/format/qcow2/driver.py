@@ -80,7 +80,7 @@ class Qcow2Node(ImageNode):
             file_node,
             header,
             checks=settings.overlap_checks if not flags.read_only else frozenset(),
-            on_corruption=lambda reason: _tell_corruption(context.name, reason),
+            on_corruption=lambda reason: _tell(context.name, "error", reason),
         )
         l1, refcount_table = await read_tables(file)
         snapshots = ([], 0) if flags.for_check else await read_snapshots(file)
@@ -217,7 +217,7 @@ class Qcow2Node(ImageNode):
             # The disk can be read without them.
             for name in list(self.bitmaps):
                 self.untrack(name)
-            log.warning("qcow2", image=self.name, problem=f"The bitmaps cannot be used: {error}")
+            _tell(self.name, "warning", f"The bitmaps cannot be used: {error}")
         if self.stored_bitmaps.to_prepare and not self.flags.read_only:
             self.image.metadata.before_writing = self._prepare
             self._plain_write = self._nothing_plain  # type: ignore[method-assign]
@@ -306,7 +306,7 @@ class Qcow2Node(ImageNode):
             await image.metadata.flush()
 
 
-def _tell_corruption(name: str, reason: str) -> None:
+def _tell(name: str, level: str, problem: str) -> None:
     import structlog  # takes as long to import as all else of a short command
 
-    structlog.get_logger().error("qcow2", image=name, problem=reason)
+    getattr(structlog.get_logger(), level)("qcow2", image=name, problem=problem)
