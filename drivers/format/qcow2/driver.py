@@ -82,7 +82,7 @@ class Qcow2Node(ImageNode):
             file_node,
             header,
             checks=settings.overlap_checks if not flags.read_only else frozenset(),
-            on_corruption=lambda reason: _tell(context.name, reason),
+            on_corruption=lambda reason: _tell(context.name, "error", reason),
         )
         l1, refcount_table = await read_tables(file)
         snapshots = ([], 0) if flags.for_check else await read_snapshots(file)
@@ -222,7 +222,7 @@ class Qcow2Node(ImageNode):
             # The disk can be read without them.
             for name in list(self.bitmaps):
                 self.untrack(name)
-            _tell(self.name, f"The bitmaps cannot be used: {error}")
+            _tell(self.name, "warning", f"The bitmaps cannot be used: {error}")
         if self.stored_bitmaps.to_prepare and not self.flags.read_only:
             self.image.metadata.before_writing = self._prepare
             self._plain_write = self._nothing_plain  # type: ignore[method-assign]
@@ -312,7 +312,7 @@ class Qcow2Node(ImageNode):
             await image.metadata.flush()
 
 
-def _tell(name: str, problem: str) -> None:
+def _tell(name: str, level: str, problem: str) -> None:
     import structlog  # takes as long to import as all else of a short command
 
-    structlog.get_logger().error("qcow2", image=name, problem=problem)
+    getattr(structlog.get_logger(), level)("qcow2", image=name, problem=problem)
