@@ -29,18 +29,20 @@ class Busy:
     """Guest clusters whose mapping is being changed: one change at a time for each."""
 
     def __init__(self) -> None:
-        self.clusters: dict[int, trio.Event] = {}
+        # (first, last, done): few, so that looking through them is quick.
+        self._ranges: list[tuple[int, int, trio.Event]] = []
 
     def __contains__(self, cluster: int) -> bool:
-        return cluster in self.clusters
+        return any(first <= cluster <= last for first, last, _ in self._ranges)
 
     def __bool__(self) -> bool:
-        return bool(self.clusters)
+        return bool(self._ranges)
 
     async def idle(self, first: int, last: int) -> None:
         """Wait until nobody changes any of these clusters. Comes back without a checkpoint if so."""
-        while self.clusters:
-            busy = next((self.clusters[c] for c in range(first, last + 1) if c in self.clusters), None)
+        while True:
+            overlapping = (done for low, high, done in self._ranges if low <= last and first <= high)
+            busy = next(overlapping, None)
             if busy is None:
                 return
             await busy.wait()
@@ -49,15 +51,13 @@ class Busy:
     async def changing(self, first: int, last: int) -> AsyncIterator[None]:
         """Nobody else changes these clusters inside."""
         await self.idle(first, last)
-        done = trio.Event()
-        for cluster in range(first, last + 1):
-            self.clusters[cluster] = done
+        mine = first, last, trio.Event()
+        self._ranges.append(mine)
         try:
             yield
         finally:
-            for cluster in range(first, last + 1):
-                del self.clusters[cluster]
-            done.set()
+            self._ranges.remove(mine)
+            mine[2].set()
 
 
 class Image:
