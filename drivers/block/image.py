@@ -148,6 +148,8 @@ class ImageNode(Node):
     """A node that is an image of some format."""
 
     create_options: ClassVar[tuple[CreateOption, ...]] = ()
+    # What amend() takes; none where it does nothing.
+    amend_options: ClassVar[tuple[CreateOption, ...]] = ()
 
     backing: Node | None = None
     snapshots: Snapshots | None = None
@@ -169,8 +171,10 @@ class ImageNode(Node):
     async def check(self, repair: Repair = Repair.NONE) -> CheckReport:
         raise RequestError(errno.ENOTSUP, "This image format does not support checks")
 
-    async def amend(self, options: Options, /, *, progress: Progress | None = None) -> None:
-        """Change what create() was told."""
+    async def amend(
+        self, options: Options, /, *, progress: Progress | None = None, force: bool = False
+    ) -> None:
+        """Change what create() was told; with `force` also what cannot be undone."""
         raise OptionError(f"Format driver '{self.driver_name}' does not support option amendment")
 
     async def change_backing(self, filename: str | None, image_format: str | None) -> None:

@@ -164,6 +164,8 @@ class LuksNode(ImageNode):
     async def info(self) -> ImageInfo:
         return ImageInfo(encrypted=True, specific=describe(self._volume.header))
 
-    async def amend(self, options: Options, /, *, progress: Progress | None = None) -> None:
-        """ "force" among the options allows what makes the image unreadable for ever."""
-        await amend_slots(self._volume, options, self._objects, force=options.boolean("force", False))
+    async def amend(
+        self, options: Options, /, *, progress: Progress | None = None, force: bool = False
+    ) -> None:
+        """With `force`, or "force" among the options, what makes the image unreadable for ever, too."""
+        await amend_slots(self._volume, options, self._objects, force=options.boolean("force", force))
