@@ -82,7 +82,7 @@ class Mapping:
         # Entries that the file has not got yet.
         self.l1_dirty: set[int] = set()
         self.extended = header.extended_l2
-        self._zero_flag = ZERO if header.version >= 3 and not self.extended else 0
+        self.follow_version()
         # With a data file a host offset of 0 is valid.
         self._data_file = header.has_data_file
         self.cluster_bits = header.cluster_bits
@@ -103,6 +103,11 @@ class Mapping:
         # What is read of an L2 table that does not exist. Never changed.
         self.empty = Slice(array("Q", bytes(slice_bytes)))
         self._claim()
+
+    def follow_version(self) -> None:
+        """Take from the header whether there are zero clusters."""
+        # What marks one in an L2 entry; extended entries have a bitmap instead.
+        self.zero_flag = ZERO if self._file.header.version >= 3 and not self.extended else 0
 
     def _claim(self) -> None:
         header = self._file.header
@@ -321,7 +326,7 @@ class Mapping:
             out.append(Piece(INVALID, host, length))
         elif entry & COMPRESSED:
             out.append(Piece(DEFLATED, entry, length))
-        elif entry & self._zero_flag:
+        elif entry & self.zero_flag:
             if host or (self._data_file and entry & COPIED):
                 _append(out, RESERVED_ZERO, host + inside, length)
             else:

@@ -117,11 +117,7 @@ class Refcounts:
     def __init__(self, file: ImageFile, table: array[int], *, cache_size: int) -> None:
         self._file = file
         self.table = table
-        self.order = file.header.refcount_order
-        self.maximum = (1 << (1 << self.order)) - 1
-        # log2 of the clusters that a block covers.
-        self.block_bits = file.cluster_bits + 3 - self.order
-        self._block_mask = (1 << self.block_bits) - 1
+        self._follow_width()
         self.blocks: dict[int, Block] = {}
         self._cache_blocks = max(4, cache_size >> file.cluster_bits)
         self._lock = trio.Lock()
@@ -135,6 +131,14 @@ class Refcounts:
         # The cluster that compressed data are being packed into; None once it is free again.
         self.open_cluster: int | None = None
         self._claim_table()
+
+    def _follow_width(self) -> None:
+        file = self._file
+        self.order = file.header.refcount_order
+        self.maximum = (1 << (1 << self.order)) - 1
+        # log2 of the clusters that a block covers.
+        self.block_bits = file.cluster_bits + 3 - self.order
+        self._block_mask = (1 << self.block_bits) - 1
 
     def _claim_table(self) -> None:
         file, header = self._file, self._file.header
@@ -255,12 +259,15 @@ class Refcounts:
         self.open_cluster = None
 
     def replace(self, table: array[int]) -> None:
-        """Another table, which the header names already, is in the file."""
+        """Another table, which the header names already, is in the file; its counts may have another
+        width."""
         for entry in self.table:
             if offset := entry & REFCOUNT_OFFSET_MASK:
                 self._file.release(offset, 1)
         self.drop()
         self.table = table
+        self._follow_width()
+        self.virgin = max(self.virgin, -(-self._file.node.size // self._file.cluster_size))
         self._claim_table()
 
     # --- counting ---------------------------------------------------------------------------

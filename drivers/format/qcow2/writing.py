@@ -20,7 +20,6 @@ from drivers.format.qcow2.layout import (
     COPIED,
     OFFSET_MASK,
     SUBCLUSTERS,
-    ZERO,
     compressed_entry,
 )
 from drivers.format.qcow2.mapping import HOLE, RESERVED, RESERVED_ZERO, ZEROED, Slice
@@ -56,7 +55,6 @@ class Writer:
         self._bits = image.mapping.cluster_bits
         self._mask = image.mapping.cluster_size - 1
         self._data_plain_write = image.data.plain_write
-        self._v3 = image.header.version >= 3
         # Where the next compressed cluster goes, if it goes on in refcounts.open_cluster.
         self._compressed_end = 0
         self._packing = trio.Lock()
@@ -103,7 +101,7 @@ class Writer:
         at = first & mapping.slice_mask
         for index in range(at, at + last - first + 1):
             entry = found.entries[index]
-            if entry and (entry != ZERO or not self._v3):
+            if entry and entry != mapping.zero_flag:
                 return None
             if not entry and image.backing_length((first + index - at) << self._bits, self._mask + 1):
                 return None
@@ -151,7 +149,7 @@ class Writer:
             stop = min(end, (offset | self._mask) + 1)
             if mapping.extended:
                 stop = self._allocated_until(found.entries[index + 1], offset, stop)
-            elif entry & ZERO and self._v3:
+            elif entry & mapping.zero_flag:
                 break
             if stop == offset or (offset != start and here != host + length):
                 break
