@@ -32,7 +32,11 @@ class Golden:
         """Lay the files into the directory `where`; the path of the image itself."""
         for file in self.files:
             packed = (self.directory / f"{self.name}.{file}.gz").read_bytes()
-            _write_sparsely(where / file, gzip.decompress(packed))
+            data = gzip.decompress(packed)
+            if file.endswith((".raw", ".data")) or any("preallocation=metadata" in c for c in self.commands):
+                _write_sparsely(where / file, data)
+            else:
+                (where / file).write_bytes(data)
         [image] = [file for file in self.files if file.startswith("disk.") and not file.endswith(".data")]
         return where / image
 

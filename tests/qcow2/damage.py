@@ -29,7 +29,7 @@ class Damage:
             self.first_bitmaps = parse_bitmap_directory(bytes(self.data[start : start + size]), self.header)
 
     def word(self, at: int) -> int:
-        return int(struct.unpack_from(">Q", self.data.ljust(at + 8, b"\0"), at)[0])
+        return int.from_bytes(self.data[at : at + 8].ljust(8, b"\0"), "big")
 
     def put(self, at: int, value: int, what: str) -> None:
         if at + 8 > len(self.data):

@@ -25,8 +25,7 @@ class FileContext:
         self.made: list[Node] = []
 
     async def create_file(self, filename: str, *, size: int = 0) -> Node:
-        with Path(filename).open("wb") as file:
-            file.truncate(size)
+        Path(filename).write_bytes(bytes(size))
         node = await self.graph.open({"driver": "file", "filename": filename})
         self.made.append(node)
         return node

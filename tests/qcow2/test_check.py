@@ -296,7 +296,7 @@ async def test_tables_that_lie_about_each_other_are_read_once(tmp_path: Path) ->
 async def test_overlapping_tables_end_the_check(tmp_path: Path) -> None:
     """Every L1 entry leads to another table, which overlaps the one before."""
     path = tmp_path / "image"
-    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", path, "4E")
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", path, "256P")
     damage = Damage(path, 0)
     header = damage.header
     for index in range(header.l1_size):
@@ -311,14 +311,16 @@ async def test_references_all_over_a_vast_file_do_not_fill_the_memory(
 ) -> None:
     monkeypatch.setattr("drivers.format.qcow2.references.MAX_BYTES", 100 << 16)
     path = tmp_path / "image"
-    qemu_img("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path, "512M")
+    options = "preallocation=metadata,data_file=" + str(tmp_path / "data")
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, "512M")
     damage = Damage(path, 0)
+    struct.pack_into(">Q", damage.data, 72, 0)  # the data is said to lie in the image
     file = _Counted(damage.data)
     file.size = 100 << 40
     for number, at in enumerate(damage.l2_words()):
         struct.pack_into(">Q", damage.data, at, number << 32 | 1 << 63)
     with pytest.raises(OSError, match="too large to be checked"):
-        await check(file, damage.header)
+        await check(file, parse_header(bytes(damage.data)))
 
 
 # --- refcounts in memory ----------------------------------------------------------------------------

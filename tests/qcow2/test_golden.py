@@ -21,6 +21,12 @@ from tests.qcow2.qemu import (
     without_holes,
 )
 
+
+@pytest.fixture(autouse=True)
+def _where_the_images_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a data file is seen from there
+
+
 READ_ONLY = OpenFlags(read_only=True)
 IMAGES = golden("qcow2")
 

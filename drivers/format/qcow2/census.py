@@ -83,7 +83,8 @@ class Census:
         who = f"ERROR snapshot {_text(snapshot.id)} ({_text(snapshot.name)})"
         if offset % self.cluster_size:
             self.inspection.corrupt(
-                f"{who} l1_offset={offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted"
+                f"{who} l1_offset={offset:#x}: L1 table is not cluster aligned; "
+                "snapshot table entry corrupted"
             )
             return
         if size > MAX_L1_BYTES // 8:
@@ -184,12 +185,14 @@ class Census:
             return
         if not entry & COMPRESSED:
             offset, length = entry & OFFSET_MASK, self.cluster_size
+            if not offset:
+                return
         elif bitmap:
             return
         else:
             offset, length = compressed_range(entry, self.bits)
         # What lies outside the file was found wrong, as often as it was met, when it was first met.
-        if offset and offset + length - self.inspection.file.size < self.cluster_size:
+        if offset + length - self.inspection.file.size < self.cluster_size:
             self.inspection.count(offset, length, times)
 
     # --- bitmaps ------------------------------------------------------------------------------

@@ -282,9 +282,10 @@ class Qcow2Node(ImageNode):
         image = self.image
         image.file.header = header
         image.file.corrupt = False
+        image.file.forget_owners()
         l1, refcount_table = await read_tables(image.file)
-        image.mapping.replace(l1)
-        image.refcounts.replace(refcount_table)
+        image.mapping.read_anew(l1)
+        image.refcounts.read_anew(refcount_table)
         assert isinstance(self.snapshots, Qcow2Snapshots)
         self.snapshots = Qcow2Snapshots(self, image, *await read_snapshots(image.file))
         await self.snapshots.claim_all()

@@ -117,6 +117,11 @@ class ImageFile:
         for cluster in self._clusters(offset, length):
             self.owners[cluster] = owner
 
+    def forget_owners(self) -> None:
+        """All metadata may lie elsewhere now: whoever knows claims it anew."""
+        self.owners.clear()
+        self.claim(0, self.cluster_size, "main-header")
+
     def release(self, offset: int, length: int) -> None:
         for cluster in self._clusters(offset, length):
             self.owners.pop(cluster, None)

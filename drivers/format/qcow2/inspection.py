@@ -73,7 +73,7 @@ class Inspection:
         self._left -= length
         if self._left < 0:
             raise self.fail(errno.EFBIG, "ERROR the image's tables overlap too much to be checked")
-        buffer = bytearray(length)
+        buffer = bytearray(length)  # zeroes are what lies behind the end
         inside = min(length, self.file.size - offset)
         if inside > 0:
             await self.file.read_into(offset, memoryview(buffer)[:inside])

@@ -288,6 +288,10 @@ class Mapping:
             if offset := entry & OFFSET_MASK:
                 self._file.release(offset, 1)
                 self._file.claim(offset, 1, "inactive-l2")
+        self.read_anew(l1)
+
+    def read_anew(self, l1: array[int]) -> None:
+        """The file was changed: this is its L1 table now, and nobody has claimed any metadata."""
         self.l1 = l1
         self.l1_dirty.clear()
         self.slices.clear()

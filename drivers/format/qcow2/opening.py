@@ -61,7 +61,7 @@ async def open_data_file(context: OpenContext, options: Options, header: Header)
     if header.data_file_name is None:
         raise OptionError("'data-file' is required for this image")
     _refuse_untrusted(context, "data file", header.data_file_name)
-    tree = image_tree(context.graph, beside(context, header.data_file_name), None)
+    tree = image_tree(context.graph, header.data_file_name, None)
     node = await context.graph.open(_only_file(tree), inherited_flags(context.flags), depth=context.depth + 1)
     context.adopt(node)
     return node

@@ -30,6 +30,8 @@ class Reader:
         self._bits = image.mapping.cluster_bits
         self._mask = image.mapping.cluster_size - 1
         self._slice_bits, self._slice_mask = image.mapping.slice_bits, image.mapping.slice_mask
+        # Found out when block status is first asked for.
+        self._sparse: bool | None = None
         self._inflated: dict[int, bytes] = {}
         # Counts how often compressed data were freed: what is read meanwhile is not kept.
         self._generation = 0
@@ -183,9 +185,13 @@ class Reader:
                 complete = await self._status_below(offset, piece.length, extents)
                 if not complete:
                     break
+            elif piece.kind == DATA and image.crypt is not None:
+                extents.append(Extent(piece.length, ExtentFlags.DATA))
+            elif piece.kind == DATA and await self._is_sparse():
+                if not await self._status_in_file(piece, extents):
+                    break
             elif piece.kind == DATA:
-                host = None if image.crypt is not None else piece.host
-                extents.append(Extent(piece.length, ExtentFlags.DATA, host_offset=host))
+                extents.append(Extent(piece.length, ExtentFlags.DATA, host_offset=piece.host))
             elif piece.kind == DEFLATED:
                 extents.append(Extent(piece.length, ExtentFlags.DATA | ExtentFlags.COMPRESSED))
             else:
@@ -193,6 +199,36 @@ class Reader:
                 extents.append(Extent(piece.length, ExtentFlags.ZERO, host_offset=host))
             offset += piece.length
         return extents
+
+    async def _is_sparse(self) -> bool:
+        """Whether more clusters are in use than the file has storage for: then data may be holes of
+        the file, because they were preallocated."""
+        if self._sparse is None:
+            node, size = self._image.file.node, self._mask + 1
+            allocated = await node.allocated_size()
+            self._sparse = False
+            if allocated is not None:
+                stored = allocated // size
+                many = max(stored * 10 // 9, stored + 2)
+                self._sparse = node.size // size >= many and await self._image.refcounts.in_use(many)
+        return self._sparse
+
+    async def _status_in_file(self, piece: Piece, out: list[Extent]) -> bool:
+        """Append a piece of data, with what the file says reads as zeroes; False if it told only a
+        part of it."""
+        node = self._image.data
+        host, end = piece.host, piece.host + piece.length
+        file_end = min(end, node.size)
+        while host < file_end and len(out) < MAX_EXTENTS:
+            for extent in await node.block_status(host, file_end - host):
+                zero = extent.flags & ExtentFlags.ZERO
+                out.append(Extent(extent.length, ExtentFlags.DATA | zero, host_offset=host))
+                host += extent.length
+        if host < file_end:
+            return False
+        if host < end:
+            out.append(Extent(end - host, ExtentFlags.DATA | ExtentFlags.ZERO, host_offset=host))
+        return True
 
     async def _status_below(self, offset: int, length: int, out: list[Extent]) -> bool:
         """Append what the backing file has there; False if it told only a part of it."""

@@ -258,12 +258,18 @@ class Refcounts:
         self._window = self._window_end = self._cursor = 0
         self.open_cluster = None
 
-    def replace(self, table: array[int]) -> None:
-        """Another table, which the header names already, is in the file; its counts may have another
-        width."""
+    def replace(self, table: array[int], table_offset: int) -> None:
+        """Another table, which the header names already and whose counts may have another width, takes
+        the place of the one at `table_offset`."""
+        file = self._file
+        file.release(table_offset, max(1, len(self.table) * 8))
         for entry in self.table:
             if offset := entry & REFCOUNT_OFFSET_MASK:
-                self._file.release(offset, 1)
+                file.release(offset, 1)
+        self.read_anew(table)
+
+    def read_anew(self, table: array[int]) -> None:
+        """The file was changed: this is its table now, and nobody has claimed any metadata."""
         self.drop()
         self.table = table
         self._follow_width()
@@ -280,6 +286,16 @@ class Refcounts:
         """The counts of the block with that index. Good until the next await."""
         block = await self._block(index)
         return None if block is None else block.counts
+
+    async def in_use(self, count: int) -> bool:
+        """Whether so many clusters of the file are in use."""
+        for index in range(len(self.table)):
+            counts = await self.counts(index)
+            if counts is not None:
+                count -= len(counts) - counts.count(0)
+            if count <= 0:
+                return True
+        return False
 
     async def add(self, cluster: int, count: int, delta: int) -> list[int]:
         """Change the counts of `count` clusters by `delta`; the clusters that are free now. All or,

@@ -7,7 +7,7 @@ flight: the tables are read from the file.
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 
 import trio
 
@@ -18,15 +18,18 @@ from drivers.format.qcow2.refcounts import Counts, unpack_table
 WITHOUT_COPIED = COPIED - 1
 
 
-async def tables(image: Image, l1: array[int]) -> AsyncIterator[tuple[int, int, array[int]]]:
-    """(L1 index, offset, entries) of the L2 tables of `l1`."""
-    file = image.file
-    for index, entry in enumerate(l1):
-        if offset := entry & OFFSET_MASK:
-            if entry & (L1_RESERVED | file.cluster_size - 1):
-                raise await file.corruption(f"L2 table offset {offset:#x} unaligned (L1 index: {index:#x})")
-            yield index, offset, unpack_table(await file.read(offset, file.cluster_size))
-            await trio.lowlevel.checkpoint()  # there may be very many
+def used(l1: array[int]) -> Iterator[tuple[int, int]]:
+    """(L1 index, entry) where there is an L2 table."""
+    return ((index, entry) for index, entry in enumerate(l1) if entry & OFFSET_MASK)
+
+
+async def read_table(image: Image, index: int, entry: int) -> array[int]:
+    """The L2 table that an L1 entry leads to."""
+    file, offset = image.file, entry & OFFSET_MASK
+    if entry & (L1_RESERVED | file.cluster_size - 1):
+        raise await file.corruption(f"L2 table offset {offset:#x} unaligned (L1 index: {index:#x})")
+    await trio.lowlevel.checkpoint()  # there may be very many
+    return unpack_table(await file.read(offset, file.cluster_size))
 
 
 def references(image: Image, entries: array[int]) -> list[tuple[int, int]]:

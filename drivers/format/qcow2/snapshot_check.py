@@ -16,6 +16,8 @@ from drivers.format.qcow2.refcount_check import RefcountCheck
 # Where the header has the number of snapshots and the table's offset.
 _HEADER_FIELDS = 60
 _KNOWN_EXTRA = 24
+# The table is read in pieces of this many bytes.
+_WINDOW = 1 << 16
 # Version 3 requires these: the size of the VM state and of the disk.
 _REQUIRED_EXTRA = 16
 
@@ -28,6 +30,7 @@ class SnapshotCheck:
         self.entries: list[SnapshotEntry] = []
         self.size = 0
         self.corruptions = 0
+        self._window = 0, bytearray()
 
     async def read(self) -> None:
         """Raises CheckFailed where the table is beyond use, or only -r all makes it usable."""
@@ -62,7 +65,7 @@ class SnapshotCheck:
         """An entry, without what is too much of it, and where the next one begins."""
         inspection = self.inspection
         fixed = SnapshotEntry.FIXED
-        head = await inspection.read(at, fixed.size)
+        head = await self._bytes(at, fixed.size)
         *fields, extra_size = fixed.unpack(head)
         id_size, name_size = fields[2:4]
         extra_at = at + fixed.size
@@ -71,8 +74,8 @@ class SnapshotCheck:
             if not inspection.fix_errors:
                 raise inspection.fail(
                     errno.EFBIG,
-                    f"ERROR failed to read the snapshot table: Too much extra metadata in snapshot table entry "
-                    f"{index}\nYou can force-remove this extra metadata with qemu-img check -r all",
+                    "ERROR failed to read the snapshot table: Too much extra metadata in snapshot table "
+                    f"entry {index}\nYou can force-remove this extra metadata with qemu-img check -r all",
                 )
             inspection.say(
                 f"Discarding too much extra metadata in snapshot table entry {index} "
@@ -81,11 +84,18 @@ class SnapshotCheck:
             self.corruptions += 1
             extra_size = _KNOWN_EXTRA
             head = bytearray(fixed.pack(*fields, extra_size))
-        extra = await inspection.read(extra_at, extra_size)
-        strings = await inspection.read(strings_at, id_size + name_size)
+        extra = await self._bytes(extra_at, extra_size)
+        strings = await self._bytes(strings_at, id_size + name_size)
         entry, _ = parse_snapshot(bytes(head + extra + strings), 0, image_size=inspection.header.size)
         end = strings_at + len(strings)
         return entry, end + -end % 8
+
+    async def _bytes(self, at: int, length: int) -> bytearray:
+        """Bytes of the file, of which the next ones will be asked for."""
+        start, data = self._window
+        if not start <= at <= at + length <= start + len(data):
+            start, data = self._window = at, await self.inspection.read(at, max(length, _WINDOW))
+        return data[at - start : at - start + length]
 
     def _discard(self, count: int) -> None:
         if not self.inspection.fix_errors:

@@ -33,7 +33,7 @@ from drivers.format.qcow2.layout import (
 )
 from drivers.format.qcow2.refcounts import pack_table, unpack_table
 from drivers.format.qcow2.rewriting import Rewrite, rewriting
-from drivers.format.qcow2.sharing import WITHOUT_COPIED, Flags, references, shared, tables
+from drivers.format.qcow2.sharing import WITHOUT_COPIED, Flags, read_table, references, shared, used
 
 # Bytes of a name at most; the rest is cut off, as QEMU does it.
 MAX_NAME = 255
@@ -160,7 +160,8 @@ class Qcow2Snapshots:
         so that none may be written in place: where L2 tables say otherwise, it gets its own."""
         image, bits = self._image, self._image.file.cluster_bits
         out = l1[:]
-        async for index, offset, entries in tables(image, l1):
+        for index, entry in used(l1):
+            offset, entries = entry & OFFSET_MASK, await read_table(image, index, entry)
             for first, count in references(image, entries):
                 await image.refcounts.add(first, count, 1)
             copy = shared(image, entries)
@@ -230,7 +231,8 @@ class Qcow2Snapshots:
 
     async def _release(self, rewrite: Rewrite, l1: array[int]) -> None:
         """What `l1` leads to has one reference less."""
-        async for _, offset, entries in tables(self._image, l1):
+        for index, entry in used(l1):
+            offset, entries = entry & OFFSET_MASK, await read_table(self._image, index, entry)
             for first, count in references(self._image, entries):
                 await rewrite.release_clusters(first, count)
             await rewrite.release(offset)
@@ -239,7 +241,8 @@ class Qcow2Snapshots:
         """The active L1 table, with COPIED flags there and in the L2 tables as the refcounts are now."""
         image, flags = self._image, Flags(self._image)
         out = image.mapping.l1[:]
-        async for index, offset, entries in tables(image, image.mapping.l1):
+        for index, entry in used(image.mapping.l1):
+            offset, entries = entry & OFFSET_MASK, await read_table(image, index, entry)
             corrected = await flags.corrected(entries)
             if corrected != entries:
                 await rewrite.release(offset)
