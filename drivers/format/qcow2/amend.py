@@ -158,6 +158,7 @@ async def _amend_slots(node: Qcow2Node, encrypt: Tree, *, force: bool) -> None:
     assert node.image.volume is not None
     async with node.alone():
         await amend_slots(node.image.volume, options, node.objects, force=force)
+        node.image.luks = node.image.volume.header
     if left := options.left():
         raise OptionError(f"Parameter 'encrypt.{left}' is unexpected")
 

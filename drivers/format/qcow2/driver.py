@@ -72,8 +72,9 @@ class Qcow2Node(ImageNode):
         self.stored_bitmaps = StoredBitmaps(self, image)
         self._unmapper = Unmapper(image, self.writer)
         # One call less for every request of the hot path.
-        self._plain = self._reader.plain  # type: ignore[method-assign]
-        self._plain_write = self.writer.plain_write  # type: ignore[method-assign]
+        if not image.locked:
+            self._plain = self._reader.plain  # type: ignore[method-assign]
+            self._plain_write = self.writer.plain_write  # type: ignore[method-assign]
 
     # --- opening ----------------------------------------------------------------------------
 
@@ -98,8 +99,7 @@ class Qcow2Node(ImageNode):
         data = await open_data_file(context, options, header)
         backing = await open_backing(context, options, header)
         image = Image(file, data or file_node, settings, l1=l1, refcount_table=refcount_table)
-        image.crypt, image.volume = await unlock(file_node, header, options, context.graph.objects)
-        image.crypt_by_guest = header.crypt_method == CryptMethod.AES
+        await unlock(image, options, context.graph.objects, flags)
         node = cls(image, context.graph.objects, flags=flags, name=context.name)
         node.snapshots = Qcow2Snapshots(node, image, *snapshots)
         await node.use("file", file_node)
@@ -133,6 +133,7 @@ class Qcow2Node(ImageNode):
     # --- requests ---------------------------------------------------------------------------
 
     async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
+        self.image.check_unlocked()
         await self._reader.read_into(offset, buffer)
 
     async def _write(self, offset: int, data: memoryview, /, *, fua: bool) -> None:

@@ -11,6 +11,7 @@ import trio
 
 from drivers.block.node import Node
 from drivers.crypto.cipher import SectorCipher
+from drivers.crypto.luks.layout import Header as LuksHeader
 from drivers.crypto.luks.volume import Volume
 from drivers.errors import RequestError
 from drivers.format.qcow2.header import Header
@@ -79,8 +80,11 @@ class Image:
         self.options = options
         self.backing: Node | None = None
         self.crypt: SectorCipher | None = None
-        # With LUKS, what has the key slots.
+        # With LUKS, what has the key slots, and what their header says.
         self.volume: Volume | None = None
+        self.luks: LuksHeader | None = None
+        # Encrypted, and opened without the key: guest data are neither read nor written.
+        self.locked = False
         # The cipher counts sectors of the guest's disk, not of the file.
         self.crypt_by_guest = False
         self.size = header.size
@@ -116,6 +120,11 @@ class Image:
     def check_writable(self) -> None:
         if self.file.corrupt:
             raise RequestError(errno.EIO, "the image is corrupt")
+        self.check_unlocked()
+
+    def check_unlocked(self) -> None:
+        if self.locked:
+            raise RequestError(errno.EACCES, "the image was opened without its key")
 
     def backing_length(self, offset: int, length: int) -> int:
         """How much of this range, from its start on, the backing file reaches."""
