@@ -49,9 +49,9 @@ def _specific(image: Image, header: Header, bitmaps: list[DirtyBitmap]) -> Tree:
 def _luks(header: LuksHeader) -> Tree:
     facts: Tree = {}
     for key, value in describe_luks(header).items():
-        facts[key] = value
-        if key == "uuid":
+        if key == "cipher-mode":
             facts["format"] = "luks"
+        facts[key] = value
     return facts
 
 

@@ -165,6 +165,7 @@ class Qcow2Node(ImageNode):
             await image.flush_data()
         else:
             await image.metadata.flush()
+        image.clean_caches()
 
     async def _block_status(self, offset: int, length: int, /) -> list[Extent]:
         return await self._reader.block_status(offset, length)

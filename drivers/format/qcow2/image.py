@@ -105,6 +105,9 @@ class Image:
         self.metadata.flush_data = self.flush_data
         self.metadata.discard_host = self.discard_host
         self.mapping.on_free = self.metadata.free
+        self.mapping.on_load = self.clean_caches
+        # When the caches were last cleaned.
+        self._cleaned = trio.current_time()
         # Called when compressed data are freed.
         self.on_free_compressed: Callable[[], object] = lambda: None
 
@@ -116,6 +119,14 @@ class Image:
     def external(self) -> bool:
         """The guest's clusters lie in a file of their own, each at its guest offset."""
         return self.data is not self.file.node
+
+    def clean_caches(self) -> None:
+        """Drop what the caches hold without need, where it is time to. Never waits."""
+        interval = self.options.cache_clean_interval
+        if interval and trio.current_time() - self._cleaned >= interval:
+            self._cleaned = trio.current_time()
+            self.mapping.drop_unused()
+            self.refcounts.drop_unused()
 
     def check_writable(self) -> None:
         if self.file.corrupt:

@@ -129,6 +129,7 @@ class Mapping:
         entry = self.l1[l1_index] if l1_index < len(self.l1) else 0
         if not entry & OFFSET_MASK:
             return self.empty
+        self.on_load()
         if len(self.slices) >= self.cache_slices and not self._drop_one():
             return None
         if index in self._loading or entry & (L1_RESERVED | self.cluster_size - 1):
@@ -190,6 +191,13 @@ class Mapping:
             self.slices[index] = candidate
         return False
 
+    def drop_unused(self) -> None:
+        """Drop the clean slices that were not used since this was last called."""
+        for index, found in list(self.slices.items()):
+            if not (found.dirty or found.pins or found.used):
+                del self.slices[index]
+            found.used = False
+
     async def _make_room(self) -> None:
         if len(self.slices) >= self.cache_slices and not self._drop_one():
             await self._commit()
@@ -238,6 +246,8 @@ class Mapping:
                 self.on_free(old, 1, "snapshot")
 
     on_free: Callable[[int, int, str], None]
+    # Called before a slice is loaded: others may go.
+    on_load: Callable[[], None]
 
     def take_dirty(self) -> tuple[list[TableWrite], list[TableWrite]]:
         """What to write: first what nothing on disk refers to yet, then, when that is durable, the

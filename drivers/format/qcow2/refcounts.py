@@ -244,6 +244,13 @@ class Refcounts:
                 block.used = False
                 self.blocks[index] = block
 
+    def drop_unused(self) -> None:
+        """Drop the clean blocks that were not used since this was last called."""
+        for index, block in list(self.blocks.items()):
+            if not (block.dirty or block.pins or block.used):
+                del self.blocks[index]
+            block.used = False
+
     def take_dirty(self) -> list[Block]:
         """The blocks to write, pinned until written() or failed()."""
         dirty = [block for block in self.blocks.values() if block.dirty]
