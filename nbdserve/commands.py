@@ -16,7 +16,6 @@ from drivers.wire.nbd.constants import (
 )
 from drivers.wire.nbd.messages import OFFSET, U32
 from drivers.wire.nbd.server_handshake import Session
-from nbdserve.exports.contexts import CONTEXTS
 from nbdserve.exports.nbd import NbdExport
 from nbdserve.replies import Replies, wire_error
 from nbdserve.trace import trace
@@ -183,7 +182,7 @@ async def _block_status(
     ids = _wanted_contexts(session, request)
     parts: list[Buffer] = []
     for number, context_id in enumerate(ids, 1):
-        context = CONTEXTS[session.contexts[context_id]]
+        context = export.contexts[session.contexts[context_id]]
         statuses = await context.describe(
             export.node, request.offset, request.length, alignment=session.minimum_block
         )

@@ -8,6 +8,7 @@ from dataclasses import replace
 import trio
 
 from drivers.block.graph import Graph
+from drivers.block.image import ImageNode, SnapshotInfo, Snapshots
 from drivers.block.node import Node, OpenFlags
 from drivers.block.opening import image_tree, open_options
 from drivers.errors import Error, OptionError
@@ -15,7 +16,7 @@ from drivers.filter.pad import SECTOR, PadNode
 from drivers.filter.temporary import TemporaryOverlay
 from drivers.options.image import complete_options, set_file_default
 from drivers.options.schema import Tree
-from nbdserve.settings import ExportSettings
+from nbdserve.settings import ExportSettings, SnapshotChoice
 
 
 async def open_export(graph: Graph, export: ExportSettings, *, warn: Callable[[str], object]) -> Node:
@@ -37,6 +38,8 @@ async def open_export(graph: Graph, export: ExportSettings, *, warn: Callable[[s
         reason = error if isinstance(error, Error) else error.strerror
         raise OptionError(f"Failed to blk_new_open '{export.image}': {reason}") from error
     try:
+        if export.internal_snapshot is not None:
+            await _load_snapshot(node, export.internal_snapshot)
         if export.snapshot and not export.read_only:
             node = await TemporaryOverlay.over(node, replace(flags, read_only=False, no_flush=True))
         if export.offset:
@@ -49,6 +52,30 @@ async def open_export(graph: Graph, export: ExportSettings, *, warn: Callable[[s
             await node.aclose()
         raise
     return node
+
+
+async def _load_snapshot(node: Node, choice: SnapshotChoice) -> None:
+    snapshots = node.snapshots if isinstance(node, ImageNode) else None
+    if snapshots is None:
+        raise OptionError(
+            f"Failed to load snapshot: Block format '{node.driver_name}' used by device '' does not support "
+            "temporarily loading internal snapshots"
+        )
+    found = snapshots.find(choice.either) if choice.either is not None else _matching(snapshots, choice)
+    if found is None:
+        raise OptionError("Failed to load snapshot: Can't find snapshot")
+    try:
+        await snapshots.load(found.id)
+    except (Error, OSError) as error:
+        reason = error if isinstance(error, Error) else error.strerror
+        raise OptionError(f"Failed to load snapshot: {reason}") from error
+
+
+def _matching(snapshots: Snapshots, choice: SnapshotChoice) -> SnapshotInfo | None:
+    for info in snapshots.list():
+        if choice.id in (None, info.id) and choice.name in (None, info.name):
+            return info
+    return None
 
 
 def _tree(graph: Graph, export: ExportSettings) -> Tree:

@@ -75,6 +75,7 @@ async def opened_exports(settings: ServeSettings) -> AsyncIterator[list[NbdExpor
                     writethrough=wanted.cache.writethrough,
                     multi_conn=settings.shared != 1,
                     allocation_depth=wanted.allocation_depth,
+                    bitmaps=wanted.bitmaps,
                 )
             except BaseException as error:
                 with trio.CancelScope(shield=True):

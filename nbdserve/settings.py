@@ -20,10 +20,20 @@ class CacheMode:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotChoice:
+    """An internal snapshot: by its id and its name, as far as they are given, or by `either`."""
+
+    id: str | None = None
+    name: str | None = None
+    either: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ExportSettings:
     """One export. `image` is what the user wrote: a file name, or with `options` set the text that
     they were parsed from. `image_format` is None where the format is to be found by probing;
-    `offset` is in bytes and asks for a raw layer on top."""
+    `offset` is in bytes and asks for a raw layer on top. `bitmaps` are the names of those that clients
+    may ask for; `internal_snapshot` is shown instead of the image."""
 
     image: str
     options: Tree | None = None
@@ -34,6 +44,8 @@ class ExportSettings:
     read_only: bool = False
     snapshot: bool = False
     allocation_depth: bool = False
+    bitmaps: tuple[str, ...] = ()
+    internal_snapshot: SnapshotChoice | None = None
     cache: CacheMode = CacheMode()
     aio: Literal["threads", "native", "io_uring"] | None = None
     discard: bool = False

@@ -25,18 +25,20 @@ class Extent(NamedTuple):
 
     `depth` counts the layers down to the one that decides: 0 nobody has it (it reads as zeroes),
     1 this image, 2 its backing file and so on. `host_offset` is where the bytes lie plain in the
-    host file, if they do.
+    host file, if they do. `short`, where nobody has it: the layer that would have it, were it not too
+    short for that; 0 if none would.
     """
 
     length: int
     flags: ExtentFlags
     depth: int = 1
     host_offset: int | None = None
+    short: int = 0
 
 
 def joins(first: Extent, second: Extent) -> bool:
     """Whether `second`, lying right behind `first`, merely continues it."""
-    if first.flags != second.flags or first.depth != second.depth:
+    if first.flags != second.flags or first.depth != second.depth or first.short != second.short:
         return False
     if first.host_offset is None or second.host_offset is None:
         return first.host_offset is second.host_offset

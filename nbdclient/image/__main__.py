@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from drivers.errors import Error
-from drivers.options.argv import UsageError
+from drivers.options.argv import Opt, UsageError
 
 # QEMU's test suite says by this which name it expects in messages.
 PROGRAM = os.environ.get("IOTESTS_PROGNAME") or "nbdimg"
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    from nbdclient.image.arguments import Opt, getopt
+    from nbdclient.image.arguments import getopt
 
     own: list[str] = []
     while arguments and arguments[0].startswith("-"):

@@ -11,21 +11,6 @@ from drivers.options.argv import ArgumentParser, Opt, UsageError
 from drivers.options.flat import is_option_list
 from drivers.units import TooLargeError, parse_size
 
-__all__ = [
-    *("Given", "Opt", "UsageError", "getopt", "number", "parse"),
-    *(
-        "CACHE",
-        "FORCE_SHARE",
-        "FORMAT",
-        "IMAGE_OPTS",
-        "OBJECT",
-        "OUTPUT",
-        "PROGRESS",
-        "QUIET",
-        "SOURCE_CACHE",
-    ),
-]
-
 MAX_INT64 = (1 << 63) - 1
 
 # Options of several subcommands.

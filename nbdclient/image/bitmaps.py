@@ -9,7 +9,7 @@ from drivers.errors import OptionError
 from nbdclient.image.__main__ import complain
 
 
-def _stores_bitmaps(node: Node) -> bool:
+def stores_bitmaps(node: Node) -> bool:
     return isinstance(node, ImageNode) and type(node).add_bitmap is not ImageNode.add_bitmap
 
 
@@ -19,7 +19,7 @@ def _stored(node: Node) -> list[DirtyBitmap]:
 
 def check_source(node: Node, *, skip_broken: bool) -> None:
     """Raises OptionError if not all can be copied."""
-    if not _stores_bitmaps(node):
+    if not stores_bitmaps(node):
         raise OptionError("Source lacks bitmap support")
     for bitmap in _stored(node):
         if bitmap.inconsistent and not skip_broken:
@@ -31,7 +31,7 @@ def check_source(node: Node, *, skip_broken: bool) -> None:
 
 async def copy(source: Node, target: Node, *, skip_broken: bool) -> None:
     """Every stored bitmap of `source` is stored in `target`, too. Raises OptionError."""
-    if not isinstance(target, ImageNode) or not _stores_bitmaps(target):
+    if not isinstance(target, ImageNode) or not stores_bitmaps(target):
         raise OptionError(f"Format driver '{target.driver_name}' does not support bitmaps")
     for bitmap in _stored(source):
         if bitmap.inconsistent and skip_broken:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from drivers.options.argv import Opt, UsageError
 from nbdclient.image.arguments import (
     FORCE_SHARE,
     FORMAT,
@@ -16,8 +17,6 @@ from nbdclient.image.arguments import (
     QUIET,
     SOURCE_CACHE,
     Given,
-    Opt,
-    UsageError,
     parse,
 )
 

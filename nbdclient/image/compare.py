@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from drivers.errors import Error, OptionError
+from drivers.options.argv import Opt, UsageError
 from nbdclient.image.arguments import (
     FORCE_SHARE,
     FORMAT,
@@ -16,8 +17,6 @@ from nbdclient.image.arguments import (
     QUIET,
     SOURCE_CACHE,
     Given,
-    Opt,
-    UsageError,
     parse,
 )
 
@@ -95,16 +94,18 @@ async def _open_both(images: Images, given: Given) -> tuple[Node, Node]:
 async def _judge(first: Node, second: Node, given: Given, progress: object) -> tuple[int, str]:
     """The exit status, and what is said with it."""
     from nbdclient.image.comparison import Comparison
+    from nbdclient.image.session import guest_size
 
     strict = "strict" in given
-    if strict and first.size != second.size:
+    same_size = guest_size(first) == guest_size(second)
+    if strict and not same_size:
         return DIFFERENT, "Strict mode: Image size mismatch!"
     comparison = Comparison(given.operands[0], first, given.operands[1], second, progress)  # type: ignore[arg-type]
     offset = await comparison.run(strict=strict)
     if offset is not None:
         return DIFFERENT, comparison.difference or f"Content mismatch at offset {offset}!"
     if first.size != second.size:
-        if not given.quiet:
+        if not same_size and not given.quiet:
             print("Warning: Image size mismatch!")
         offset = await comparison.rest_is_zero()
         if offset is not None:

@@ -72,7 +72,8 @@ class Comparison:
                 for start in range(offset, offset + extent.length, STEP):
                     part = await self._read(longer, start, min(STEP, offset + extent.length - start), 0)
                     if not is_zero(part):
-                        return start + _first_different(part, memoryview(bytes(len(part))))
+                        first = start + len(part) - len(bytes(part).lstrip(b"\0"))
+                        return first // _SECTOR * _SECTOR
             offset += extent.length
             self._progress(offset / longer.size)
         return None

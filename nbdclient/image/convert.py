@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from drivers.errors import Error, OptionError
+from drivers.options.argv import Opt
 from drivers.options.flat import parse_flat, wants_help
 from drivers.units import parse_number
 from nbdclient.image.arguments import (
@@ -19,7 +20,6 @@ from nbdclient.image.arguments import (
     QUIET,
     SOURCE_CACHE,
     Given,
-    Opt,
     number,
     parse,
 )
@@ -197,7 +197,7 @@ async def _open_sources(images: Images, given: Given, wishes: Wishes) -> list[So
     from nbdclient.image.source import load_snapshot
 
     flags = cache_flags(given.values.get("source-cache", "writeback"), source=True)
-    sources = []
+    sources: list[Source] = []
     for filename in wishes.sources:
         node = await images.open(
             filename,
@@ -207,7 +207,8 @@ async def _open_sources(images: Images, given: Given, wishes: Wishes) -> list[So
             flags=flags,
             shared=UNCHANGING,
         )
-        sources.append(Source(node))
+        base = sources[-1].base + sources[-1].sectors * _SECTOR if sources else 0
+        sources.append(Source(node, base))
     if "snapshot" in given:
         if len(sources) > 1 and not given.values["snapshot"].startswith("snapshot."):
             raise OptionError("No support for concatenating multiple snapshot")
@@ -222,10 +223,7 @@ def _plan(images: Images, given: Given, wishes: Wishes, total: int) -> NewImage:
     image = NewImage.plan(images.graph, wishes.target, wishes.target_format)
     image.set_all(parse_flat(given.options or ""))
     image.set("size", str(total))
-    if given.get("backing") is not None and "backing_file" in image.given:
-        image.set_backing(None, given.get("backing-format"))
-    else:
-        image.set_backing(given.get("backing"), given.get("backing-format"))
+    image.set_backing(given.get("backing"), given.get("backing-format"))
     if "backing_file" in image.given and "backing_fmt" not in image.given:
         raise OptionError("Use of backing file requires explicit backing format")
     if "compress" in given:

@@ -29,8 +29,11 @@ _IDENTITY = ("raw", "file", "host_device")
 
 
 class Source:
-    def __init__(self, node: Node) -> None:
+    """`base` is where the copy of `node` begins in the target."""
+
+    def __init__(self, node: Node, base: int = 0) -> None:
         self.node = node
+        self.base = base
         self.sectors = -(-node.size // SECTOR)
         self.cursor = ExtentCursor(node)
 
@@ -53,13 +56,12 @@ class Kind(Enum):
 
 
 class Job(NamedTuple):
-    """`length` bytes at `offset` of the target come from `source_offset` of `source`. `number` is its
-    place in the order."""
+    """`length` bytes at `offset` of the target; `number` is its place in the order. Only what is
+    compressed may come from more than one source."""
 
     number: int
     kind: Kind
     source: Source
-    source_offset: int
     offset: int
     length: int
 
@@ -95,7 +97,7 @@ class Copy:
         self._minimum = minimum
         granule = 1 << minimum.bit_length() - 1 if minimum else SECTOR
         self._granule = max(granule, target.node.limits.request_alignment)
-        self._turns = _Turns() if in_order and target.compressed_cluster is None else None
+        self._turns = _Turns() if in_order else None
         self._identity = target.node.driver_name in _IDENTITY and target.compressed_cluster is None
 
     async def run(self) -> None:
@@ -122,30 +124,41 @@ class Copy:
 
     async def _jobs(self) -> AsyncIterator[Job]:
         """In the order of the target."""
-        base = number = 0
-        for source in self._sources:
-            position = 0
-            while position < source.node.size:
-                kind, length = await self._status(source, position, base + position)
-                step = ZERO_STEP
-                if kind is Kind.DATA:
-                    step = PLAIN_STEP if self._may_be_plain() else STEP
-                length = min(length, step - (base + position) % step)
-                yield Job(number, kind, source, position, base + position, length)
-                number += 1
-                position += length
-            base += source.sectors * SECTOR
-            if position % SECTOR and base <= self._node.size:
-                # The image ends inside a sector, the target behind it.
-                pad = -position % SECTOR
-                yield Job(number, Kind.ZERO, source, position, base - pad, pad)
-                number += 1
+        number = offset = 0
+        sources = iter(self._sources)
+        source = next(sources)
+        end = min(self._total, self._node.size)
+        while offset < end:
+            while offset >= source.base + source.sectors * SECTOR:
+                source = next(sources)
+            kind, length = await self._status(source, offset)
+            kind, length = self._whole_clusters(kind, length, end - offset)
+            step = ZERO_STEP
+            if kind is Kind.DATA:
+                step = PLAIN_STEP if self._may_be_plain() else STEP
+            length = min(length, step - offset % step)
+            yield Job(number, kind, source, offset, length)
+            number += 1
+            offset += length
+
+    def _whole_clusters(self, kind: Kind, length: int, rest: int) -> tuple[Kind, int]:
+        """Only whole clusters can be compressed: one that is data in part is data."""
+        cluster = self._target.compressed_cluster
+        if cluster is None:
+            return kind, length
+        if length < cluster:
+            return Kind.DATA, min(cluster, rest)
+        return kind, length - length % cluster
 
     def _may_be_plain(self) -> bool:
         return self._identity and not self._salvage
 
-    async def _status(self, source: Source, position: int, offset: int) -> tuple[Kind, int]:
+    async def _status(self, source: Source, offset: int) -> tuple[Kind, int]:
+        position = offset - source.base
         end = source.node.size
+        if position >= end:
+            # The image ends inside a sector, the target behind it.
+            return Kind.ZERO, -position % SECTOR
         backing = self._target.backing_size
         if backing is not None and offset < backing:
             end = min(end, position + backing - offset)
@@ -206,12 +219,12 @@ class Copy:
         no trace."""
         if not self._may_be_plain():
             return False
-        source = job.source.node
-        spans = source.plain(job.source_offset, job.length)
+        source, source_offset = job.source.node, job.offset - job.source.base
+        spans = source.plain(source_offset, job.length)
         onto = self._node.plain_write(job.offset, job.length) if spans is not None else None
         if spans is None or onto is None:
             return False
-        held = source.hold(job.source_offset, job.length), self._node.hold(job.offset, job.length)
+        held = source.hold(source_offset, job.length), self._node.hold(job.offset, job.length)
         try:
             if self._sparse and not self._offload:
                 zeroes = await trio.to_thread.run_sync(
@@ -237,9 +250,23 @@ class Copy:
     async def _copy_buffered(self, job: Job, buffer: bytearray) -> None:
         for start in range(0, job.length, STEP):
             length = min(STEP, job.length - start)
-            await self._read(job.source.node, job.source_offset + start, memoryview(buffer)[:length])
+            await self._read_across(job.source, job.offset + start, memoryview(buffer)[:length])
             await self._turn(job)
             await self._write(job.offset + start, buffer, length)
+
+    async def _read_across(self, source: Source, offset: int, part: memoryview) -> None:
+        """Fill `part` from `source` and, behind its end, from the next ones."""
+        for other in self._sources[self._sources.index(source) :]:
+            position = offset - other.base
+            readable = max(0, min(len(part), other.node.size - position))
+            if readable:
+                await self._read(other.node, position, part[:readable])
+            whole = min(len(part), other.sectors * SECTOR - position)
+            part[readable:whole] = bytes(whole - readable)
+            part = part[whole:]
+            offset += whole
+            if not part:
+                return
 
     async def _read(self, node: Node, offset: int, part: memoryview) -> None:
         try:
@@ -274,17 +301,32 @@ class Copy:
             await self._zero(offset + done, length - done)
 
     async def _put(self, offset: int, data: memoryview) -> None:
-        cluster = self._target.compressed_cluster
         try:
-            if cluster is None:
+            if self._target.compressed_cluster is None:
                 await self._node.write(offset, data)
-                return
-            for start in range(0, len(data), cluster):
+            else:
+                await self._put_compressed(offset, data, self._target.compressed_cluster)
+        except OSError as error:
+            raise OptionError(f"error while writing at byte {offset}: {error.strerror}") from None
+
+    async def _put_compressed(self, offset: int, data: memoryview, cluster: int) -> None:
+        """The clusters side by side: compressing them takes much longer than all else."""
+        starts = iter(range(0, len(data), cluster))
+
+        async def work() -> None:
+            for start in starts:
                 await self._node.write_compressed(  # type: ignore[attr-defined]
                     offset + start, data[start : start + cluster]
                 )
-        except OSError as error:
-            raise OptionError(f"error while writing at byte {offset}: {error.strerror}") from None
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(min(self._workers, -(-len(data) // cluster))):
+                    nursery.start_soon(work)
+        except* OSError as group:
+            failure = group.exceptions[0]
+            assert isinstance(failure, OSError)
+            raise failure from None
 
     async def _zero(self, offset: int, length: int) -> None:
         if self._target.is_zero:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from drivers.errors import Error, OptionError
+from drivers.options.argv import Opt, UsageError
 from drivers.options.flat import parse_flat, wants_help
-from nbdclient.image.arguments import OBJECT, QUIET, Given, Opt, UsageError, number, parse
+from nbdclient.image.arguments import OBJECT, QUIET, Given, number, parse
 
 TABLE = (
     Opt("backing-format", "F", takes_value=True, exact=True),
@@ -38,7 +39,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _create(given: Given, filename: str, image_format: str, size: int | None) -> None:
     from drivers.block.creating import NewImage, complete_backing, make_image
-    from nbdclient.image.session import Images, in_words, run, warn
+    from nbdclient.image.__main__ import in_words
+    from nbdclient.image.session import Images, run, warn
 
     async def create(images: Images) -> None:
         image = NewImage.plan(images.graph, filename, image_format)

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from drivers.errors import Error, OptionError
-from nbdclient.image.arguments import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Given, Opt, number, parse
+from drivers.options.argv import Opt
+from nbdclient.image.arguments import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, Given, number, parse
 
 if TYPE_CHECKING:
     from nbdclient.image.session import Images

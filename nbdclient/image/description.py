@@ -9,9 +9,11 @@ from drivers.block.image import ImageInfo, ImageNode, SnapshotInfo
 from drivers.block.node import Node
 from drivers.errors import OptionError
 from drivers.options.backing import resolve_backing
+from drivers.options.pseudo import protocol_prefix
 from drivers.options.schema import Value
 from drivers.units import format_size
 from nbdclient.image import render
+from nbdclient.image.session import guest_size
 
 
 @dataclass
@@ -105,14 +107,18 @@ async def describe(node: Node, filename: str, *, image_opts: bool = False) -> De
     """`filename` as the user gave it; options are not shown where the node knows a shorter name."""
     if image_opts or filename.startswith("json:"):
         filename = display_name(node) or filename
-    is_image = isinstance(node, ImageNode)
+    if filename.startswith("file:"):
+        filename = filename.removeprefix("file:")
+        if protocol_prefix(filename) is not None:
+            filename = f"./{filename}"
+    snapshots = node.snapshots if isinstance(node, ImageNode) else None
     return Description(
         filename=filename,
         driver_name=node.driver_name,
-        size=node.size,
+        size=guest_size(node),
         allocated=await node.allocated_size(),
         info=await node.info() if isinstance(node, ImageNode) else ImageInfo(),
-        snapshots=node.snapshots.list() if is_image and node.snapshots is not None else (),
+        snapshots=() if snapshots is None else snapshots.list(),
     )
 
 

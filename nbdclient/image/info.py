@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from drivers.errors import OptionError
-from nbdclient.image.arguments import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Given, Opt, parse
+from drivers.options.argv import Opt
+from nbdclient.image.arguments import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Given, parse
 
 if TYPE_CHECKING:
     from nbdclient.image.description import Description
@@ -39,8 +40,8 @@ def run(arguments: Sequence[str]) -> int:
 async def _collect(images: Images, given: Given, filename: str) -> list[Description]:
     """The image, and with --backing-chain what lies below it; each is opened by itself."""
     from drivers.block.node import OpenFlags
+    from drivers.block.permission import NONE
     from nbdclient.image.description import describe
-    from nbdclient.image.session import NONE
 
     flags = replace(OpenFlags(), no_backing=True)
     found: list[Description] = []

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from drivers.errors import OptionError
+from drivers.options.argv import Opt
 from nbdclient.image.arguments import (
     FORCE_SHARE,
     FORMAT,
@@ -15,7 +16,6 @@ from nbdclient.image.arguments import (
     OBJECT,
     OUTPUT,
     Given,
-    Opt,
     number,
     parse,
 )
@@ -55,6 +55,7 @@ async def _map(
     images: Images, given: Given, filename: str, start: int, length: int, *, as_json: bool
 ) -> None:
     from nbdclient.image.mapping import Run, runs
+    from nbdclient.image.session import guest_size
 
     node = await images.open(
         filename, given.format, image_opts=given.image_opts, force_share=given.force_share
@@ -62,7 +63,7 @@ async def _map(
     lines = _Json() if as_json else _Table(node)
     # What is printed where there is nothing to map.
     last = Run(start, 0, 0, False, False, False, False, None)
-    async for run in runs(node, start, min(node.size, start + length)):
+    async for run in runs(node, start, min(guest_size(node), start + length)):
         seen = lines.seen(run)
         if last.length and seen.continues(last):
             last = replace(last, length=last.length + seen.length)

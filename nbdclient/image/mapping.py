@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from drivers.block.extents import ExtentFlags
 from drivers.block.node import Node
-from nbdclient.image.session import chain
+from nbdclient.image.session import chain, guest_size
 
 # So much is asked for at once: qemu-img's limit is the same.
 STEP = 1 << 30
@@ -41,14 +41,16 @@ class Run:
 async def runs(node: Node, start: int, end: int) -> AsyncIterator[Run]:
     """The runs that make up the range, neighbours of one kind not yet joined."""
     layers = chain(node)
-    while start < end:
-        for extent in await node.block_status(start, min(end - start, STEP)):
+    end = min(end, guest_size(node))
+    last: Run | None = None
+    while start < min(end, node.size):
+        for extent in await node.block_status(start, min(min(end, node.size) - start, STEP)):
             rest = extent.length
             while rest:
                 layer, length = extent.depth - 1, rest
                 if not extent.depth:
                     layer, length = _nobodys(layers, start, rest)
-                yield Run(
+                last = Run(
                     start=start,
                     length=length,
                     layer=layer,
@@ -58,8 +60,21 @@ async def runs(node: Node, start: int, end: int) -> AsyncIterator[Run]:
                     compressed=bool(extent.flags & ExtentFlags.COMPRESSED),
                     host_offset=extent.host_offset,
                 )
+                yield last
                 start += length
                 rest -= length
+    if start < end:
+        # The image ends inside its last sector. Without the page cache nothing smaller is told apart.
+        yield Run(
+            start,
+            end - start,
+            0,
+            present=True,
+            zero=last is None or last.zero or not node.flags.direct,
+            data=last is not None and last.data and node.flags.direct,
+            compressed=False,
+            host_offset=start,
+        )
 
 
 def _nobodys(layers: list[Node], start: int, length: int) -> tuple[int, int]:

@@ -6,18 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from drivers.errors import OptionError
+from drivers.options.argv import Opt
 from drivers.options.flat import parse_flat
-from nbdclient.image.arguments import (
-    FORCE_SHARE,
-    FORMAT,
-    IMAGE_OPTS,
-    OBJECT,
-    OUTPUT,
-    Given,
-    Opt,
-    number,
-    parse,
-)
+from nbdclient.image.arguments import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Given, number, parse
 
 if TYPE_CHECKING:
     from drivers.block.image import Measurement

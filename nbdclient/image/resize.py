@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from drivers.errors import OptionError
+from drivers.options.argv import Opt, UsageError
 from drivers.options.flat import refuse_size
 from drivers.units import parse_size
-from nbdclient.image.arguments import FORMAT, IMAGE_OPTS, OBJECT, QUIET, Given, Opt, UsageError, parse
+from nbdclient.image.arguments import FORMAT, IMAGE_OPTS, OBJECT, QUIET, Given, parse
 
 if TYPE_CHECKING:
     from nbdclient.image.session import Images
@@ -51,16 +52,16 @@ def run(arguments: Sequence[str]) -> int:
 
 async def _resize(images: Images, given: Given, sign: str, amount: int) -> None:
     from drivers.block.node import Preallocation
-    from nbdclient.image.session import RESIZING
+    from nbdclient.image.session import RESIZING, guest_size
 
     node = await images.open(given.operands[0], given.format, image_opts=given.image_opts, needed=RESIZING)
     preallocation = Preallocation(given.values.get("preallocation", "off"))
-    total = {"": amount, "+": node.size + amount, "-": node.size - amount}[sign]
+    total = {"": amount, "+": guest_size(node) + amount, "-": guest_size(node) - amount}[sign]
     if total <= 0:
         raise OptionError("New image size must be positive")
-    if total <= node.size and preallocation is not Preallocation.OFF:
+    if total <= guest_size(node) and preallocation is not Preallocation.OFF:
         raise OptionError("Preallocation can only be used for growing images")
-    if total < node.size and "shrink" not in given:
+    if total < guest_size(node) and "shrink" not in given:
         from nbdclient.image.__main__ import PROGRAM
 
         raise OptionError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -12,19 +13,23 @@ import trio
 
 from drivers.block.edge import Edge, attach
 from drivers.block.graph import Graph
-from drivers.block.image import ImageNode
+from drivers.block.image import ImageInfo, ImageNode
 from drivers.block.node import Node, OpenFlags
 from drivers.block.opening import image_tree, open_options
 from drivers.block.permission import ALL, Permission
 from drivers.catalog import Catalog
 from drivers.errors import Error, OptionError
+from drivers.objects.store import ObjectStore
+from drivers.options.backing import resolve_backing
 from drivers.options.flat import parse_flat
-from drivers.options.image import complete_options
+from drivers.options.image import complete_options, set_file_default
 from drivers.options.nest import nest
 from drivers.options.schema import Tree
 from nbdclient.image.__main__ import complain, in_words
 
 T = TypeVar("T")
+
+SECTOR = 512
 
 READING = Permission.CONSISTENT_READ
 WRITING = Permission.CONSISTENT_READ | Permission.WRITE
@@ -64,13 +69,27 @@ def run(command: Callable[[Images], Awaitable[T]], objects: Sequence[str] = ()) 
     return trio.run(body)
 
 
+def _store(objects: Sequence[str]) -> ObjectStore | None:
+    if not objects:
+        return None
+    from drivers.objects.argument import HelpWanted, parse_object
+    from drivers.objects.store import help_text
+
+    trees: list[Tree] = []
+    for text in objects:
+        tree = parse_object(text)
+        if isinstance(tree, HelpWanted):
+            print(help_text(tree.type_name))
+            sys.exit(0)
+        trees.append(tree)
+    return ObjectStore.of(trees)
+
+
 class Images:
     """Opens images; what is open at the end of the `async with` is closed."""
 
     def __init__(self, objects: Sequence[str] = ()) -> None:
-        if objects:
-            raise OptionError("--object: defining objects is not supported yet")
-        self.graph = Graph(Catalog())
+        self.graph = Graph(Catalog(), _store(objects))
         self._edges: list[Edge] = []
 
     async def __aenter__(self) -> Images:
@@ -93,14 +112,19 @@ class Images:
         flags: OpenFlags | None = None,
         needed: Permission = READING,
         shared: Permission = ALL,
+        options: Tree | None = None,
+        aio: str | None = None,
     ) -> Node:
-        """The image, writable if `needed` says so. Raises OptionError with its name in it."""
+        """The image, writable if `needed` says so. `options` are added to its own. Raises OptionError
+        with its name in it."""
         if image_opts and image_format is not None:
             raise OptionError("--image-opts and --format are mutually exclusive")
         writing = bool(needed & Permission.WRITE)
         flags = replace(flags or OpenFlags(), read_only=not writing, force_share=force_share)
         try:
-            tree = self._tree(filename, image_format, image_opts, force_share)
+            tree = {**self._tree(filename, image_format, image_opts, force_share), **(options or {})}
+            if aio is not None:
+                set_file_default(tree, "aio", aio)
             node = await open_options(self.graph, tree, flags, warn=warn)
         except (Error, OSError) as error:
             if isinstance(error, ConflictError):
@@ -108,6 +132,23 @@ class Images:
             raise OptionError(f"Could not open '{filename}': {in_words(error)}") from None
         await self._use(node, filename, needed, shared)
         return node
+
+    async def open_over(
+        self,
+        filename: str,
+        image_format: str | None,
+        below: Node | None,
+        *,
+        image_opts: bool = False,
+        flags: OpenFlags | None = None,
+        needed: Permission = READING,
+    ) -> Node:
+        """As open(), with the open node `below`, or nothing, for a backing file."""
+        flags = replace(flags or OpenFlags(), no_backing=below is None)
+        options: Tree = {} if below is None else {"backing": below.name}
+        return await self.open(
+            filename, image_format, image_opts=image_opts, flags=flags, needed=needed, options=options
+        )
 
     async def _use(self, node: Node, filename: str, needed: Permission, shared: Permission) -> None:
         try:
@@ -147,6 +188,11 @@ class ConflictError(OptionError):
     """The command line contradicts the image options: no file has to do with it."""
 
 
+def guest_size(node: Node) -> int:
+    """`node`'s size as image tools tell it: in whole sectors."""
+    return -(-node.size // SECTOR) * SECTOR
+
+
 def backing_of(node: Node) -> Node | None:
     return node.backing if isinstance(node, ImageNode) else None
 
@@ -159,7 +205,22 @@ def chain(node: Node) -> list[Node]:
     return nodes
 
 
-__all__ = [
-    *("NONE", "READING", "RESIZING", "UNCHANGING", "WRITING"),
-    *("Images", "backing_of", "cache_flags", "chain", "run", "warn"),
-]
+async def find_below(node: Node, filename: str, path: str) -> Node | None:
+    """The layer below `node`, the image `filename`, whose file is `path`."""
+    above, name = node, filename
+    for layer in chain(node)[1:]:
+        info = await above.info() if isinstance(above, ImageNode) else ImageInfo()
+        if info.backing_filename is None:
+            return None
+        name = resolve_backing(name, info.backing_filename)
+        if path in (name, info.backing_filename) or _same_file(path, name):
+            return layer
+        above = layer
+    return None
+
+
+def _same_file(first: str, second: str) -> bool:
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return False

@@ -9,17 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from drivers.errors import Error, OptionError
-from nbdclient.image.arguments import (
-    FORCE_SHARE,
-    IMAGE_OPTS,
-    OBJECT,
-    QUIET,
-    Given,
-    Opt,
-    UsageError,
-    getopt,
-    parse,
-)
+from drivers.options.argv import Opt, UsageError
+from nbdclient.image.arguments import FORCE_SHARE, IMAGE_OPTS, OBJECT, QUIET, Given, getopt, parse
 
 if TYPE_CHECKING:
     from drivers.block.image import Snapshots

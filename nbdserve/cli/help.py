@@ -32,7 +32,7 @@ What is exported:
                            one more export; repeatable; FILE is optional then
   -o, --offset=BYTES       leave out so many bytes at the image's beginning
   -A, --allocation-depth   let clients ask in which backing layer data lies
-  -B, --bitmap=NAME        let clients ask for a dirty bitmap (not yet)
+  -B, --bitmap=NAME        let clients ask for this dirty bitmap; repeatable
 
 How the image is opened:
   -f, --format=FORMAT      format of FILE (raw, ...); found by probing if absent
@@ -40,7 +40,7 @@ How the image is opened:
   -r, --read-only          no client can write
   -s, --snapshot           writes go to a temporary file, lost at the end
   -l, --load-snapshot=SNAPSHOT
-                           export an internal snapshot (not yet)
+                           export an internal snapshot, by its id or name
       --cache=MODE         none, writeback (the default), writethrough,
                            directsync or unsafe
   -n, --nocache            the same as --cache=none

@@ -6,7 +6,7 @@ Nothing here imports what serving needs, so that --help, --version and mistakes 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
@@ -18,7 +18,14 @@ from drivers.options.keyval import parse_keyval
 from drivers.options.schema import Tree
 from drivers.units import parse_number
 from nbdserve.activation import take_inherited
-from nbdserve.settings import CacheMode, ExportSettings, ListSettings, ServeSettings, TraceSettings
+from nbdserve.settings import (
+    CacheMode,
+    ExportSettings,
+    ListSettings,
+    ServeSettings,
+    SnapshotChoice,
+    TraceSettings,
+)
 
 MAX_STRING = 4096  # bytes of an export's name or description, by the protocol
 DEFAULT_BIND = "0.0.0.0"
@@ -71,8 +78,6 @@ TABLE = (
 
 # Options that are read and checked for clashes, but whose work is still to be done.
 NOT_YET = {
-    "bitmap": "exporting dirty bitmaps",
-    "load-snapshot": "exporting internal snapshots",
     "connect": "binding a kernel NBD device",
     "disconnect": "disconnecting a kernel NBD device",
     "tls-creds": "TLS",
@@ -87,6 +92,8 @@ _CACHE_MODES = {
     "unsafe": CacheMode(no_flush=True),
 }
 _DISCARD_MODES = {"ignore": False, "off": False, "unmap": True, "on": True}
+# What says something of FILE and not of other exports.
+_OF_FILE = {"export-name", "description", "offset", "format", "bitmap", "load-snapshot"}
 # What describes FILE, and so has no place where another server's exports are listed.
 _PER_DEVICE = {
     *("export-name", "description", "offset", "format", "allocation-depth", "bitmap", "load-snapshot"),
@@ -200,8 +207,6 @@ def _take(given: _Given, name: str, value: str) -> None:
             given.plain["selinux_label"] = value
         case "trace":
             given.trace = _trace(given.trace, value)
-        case "load-snapshot":
-            _check_snapshot(value)
         case "partition":
             raise OptionError(
                 "--partition is no longer there; choose a part of the image with"
@@ -222,6 +227,10 @@ def _describe(export: ExportSettings, name: str, value: str, seen: set[str]) -> 
             return replace(export, snapshot=True)
         case "allocation-depth":
             return replace(export, allocation_depth=True)
+        case "bitmap":
+            return replace(export, bitmaps=(*export.bitmaps, value))
+        case "load-snapshot":
+            return replace(export, internal_snapshot=_snapshot(value))
         case "offset":
             return replace(export, offset=_number(value, "Invalid offset", (1 << 64) - 1))
         case "export-name":
@@ -280,12 +289,15 @@ def _named_export(value: str) -> tuple[str, str]:
     return _string(name, "export name"), image
 
 
-def _check_snapshot(value: str) -> None:
+def _snapshot(value: str) -> SnapshotChoice:
+    """snapshot.id=ID, snapshot.name=NAME or both; anything else is an id or a name."""
     if not value.startswith("snapshot."):
-        return
-    for key in cast("Mapping[str, object]", parse_keyval(value)["snapshot"]):
-        if key not in ("id", "name"):
-            raise OptionError(f"Failed in parsing snapshot param `{value}'")
+        return SnapshotChoice(either=value)
+    options = parse_keyval(value)
+    given = options.pop("snapshot")
+    if options or not isinstance(given, dict) or not given.keys() <= {"id", "name"}:
+        raise OptionError(f"Failed in parsing snapshot param `{value}'")
+    return SnapshotChoice(**cast("dict[str, str]", given))
 
 
 def _trace(before: TraceSettings, value: str) -> TraceSettings:
@@ -393,10 +405,14 @@ def _exports(given: _Given, operands: list[str]) -> tuple[ExportSettings, ...]:
         if given.image_opts and given.base.image_format is not None:
             raise OptionError("--image-opts and -f are mutually exclusive")
         options = parse_keyval(operands[0], implied_key="file") if given.image_opts else None
-        exports.append(replace(given.base, image=operands[0], options=options))
-    elif misplaced := given.seen & {"export-name", "description", "offset", "format"}:
+        # A snapshot cannot be written to.
+        read_only = given.base.read_only or given.base.internal_snapshot is not None
+        exports.append(replace(given.base, image=operands[0], options=options, read_only=read_only))
+    elif misplaced := given.seen & _OF_FILE:
         raise OptionError(f"--{min(misplaced)} describes FILE, which is missing")
-    others = replace(given.base, description="", offset=0, image_format=None)
+    others = replace(
+        given.base, description="", offset=0, image_format=None, bitmaps=(), internal_snapshot=None
+    )
     for name, image in given.more_exports:
         if any(name == export.name for export in exports):
             raise OptionError(f"the export name '{name}' is used twice")

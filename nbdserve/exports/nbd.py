@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import trio
 
+from drivers.block.dirty import DirtyBitmap
 from drivers.block.edge import Edge, attach
 from drivers.block.node import Node
 from drivers.block.pace import Pace
@@ -14,23 +15,36 @@ from drivers.errors import OptionError
 from drivers.wire.nbd.constants import (
     ALLOCATION_DEPTH,
     BASE_ALLOCATION,
+    DIRTY_BITMAP_PREFIX,
     MAX_PAYLOAD,
     MAX_STRING,
     TransmissionFlag,
 )
 from drivers.wire.nbd.server_handshake import ExportInfo
+from nbdserve.exports.bitmaps import find_bitmaps
+from nbdserve.exports.contexts import CONTEXTS, BitmapContext, Context
 
 MAX_THREADS = 8
 
 
 class NbdExport:
-    """One export. `writethrough` makes every write durable before it is answered.
+    """One export. `writethrough` makes every write durable before it is answered. `contexts` are the
+    metadata contexts by name.
 
     Made by open(), which takes the permissions it needs on the node.
     """
 
     def __init__(
-        self, name: str, node: Node, *, description: str, writable: bool, writethrough: bool, info: ExportInfo
+        self,
+        name: str,
+        node: Node,
+        *,
+        description: str,
+        writable: bool,
+        writethrough: bool,
+        info: ExportInfo,
+        contexts: Mapping[str, Context] = CONTEXTS,
+        bitmaps: Sequence[DirtyBitmap] = (),
     ) -> None:
         self.name = name
         self.node = node
@@ -38,6 +52,11 @@ class NbdExport:
         self.writable = writable
         self.writethrough = writethrough
         self.info = info
+        self.contexts = contexts
+        # They stay as they are, but for writes, as long as clients may look at them.
+        self._bitmaps = bitmaps
+        for bitmap in bitmaps:
+            bitmap.busy = True
         self.pace = Pace()
         # Threads that wait for this export's disk: a hung one holds up no other export.
         self.threads = trio.CapacityLimiter(MAX_THREADS)
@@ -54,9 +73,11 @@ class NbdExport:
         writethrough: bool = False,
         multi_conn: bool = False,
         allocation_depth: bool = False,
+        bitmaps: Sequence[str] = (),
     ) -> NbdExport:
         """Take `node` into use. `multi_conn` says that more than one connection is possible: the
-        node is one for all of them, so their flushes cover each other."""
+        node is one for all of them, so their flushes cover each other. `bitmaps` are the names of
+        those that clients may ask for."""
         for text, what in ((name, "export name"), (description, "export description")):
             if len(text.encode("utf-8", "surrogateescape")) > MAX_STRING:
                 raise OptionError(f"{what} too long")
@@ -65,6 +86,11 @@ class NbdExport:
         except UnicodeEncodeError:
             raise OptionError("export names and descriptions must be UTF-8") from None
         writable = writable and not node.flags.read_only
+        found = find_bitmaps(node, bitmaps, writable=writable)
+        contexts: dict[str, Context] = {BASE_ALLOCATION: CONTEXTS[BASE_ALLOCATION]}
+        if allocation_depth:
+            contexts[ALLOCATION_DEPTH] = CONTEXTS[ALLOCATION_DEPTH]
+        contexts |= {f"{DIRTY_BITMAP_PREFIX}{bitmap.name}": BitmapContext(bitmap) for bitmap in found}
         info = ExportInfo(
             name=name,
             size=node.size,
@@ -73,10 +99,17 @@ class NbdExport:
             minimum_block=min(node.limits.request_alignment, 64 << 10),
             preferred_block=max(4096, node.limits.preferred_block),
             maximum_payload=min(MAX_PAYLOAD, node.limits.max_transfer),
-            contexts=(BASE_ALLOCATION, ALLOCATION_DEPTH) if allocation_depth else (BASE_ALLOCATION,),
+            contexts=tuple(contexts),
         )
         export = cls(
-            name, node, description=description, writable=writable, writethrough=writethrough, info=info
+            name,
+            node,
+            description=description,
+            writable=writable,
+            writethrough=writethrough,
+            info=info,
+            contexts=contexts,
+            bitmaps=found,
         )
         needed = Permission.CONSISTENT_READ | (Permission.WRITE if writable else Permission(0))
         export._edge = await attach(
@@ -88,6 +121,8 @@ class NbdExport:
         """Give the node back; it closes, flushed, if nobody else uses it."""
         if self._edge is not None:
             edge, self._edge = self._edge, None
+            for bitmap in self._bitmaps:
+                bitmap.busy = False
             await edge.detach()
 
 

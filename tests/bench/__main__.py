@@ -2,11 +2,16 @@
 
     python -m tests.bench --image disk.raw
     python -m tests.bench --image disk.raw --transport tcp --cells rr4k1,copy --peers nbdkit --rounds 5
+    python -m tests.bench --image disk.raw --qcow2 raw
 
 All servers run for the whole time; in each round every one is measured in turn, and ratios are taken
 round by round, since a machine's speed drifts. The bar is the fastest peer of the round. The image should
 be a fully written raw file that fits the page cache; the write cells write to it. Needs fio, nbdcopy and
 nbdinfo. This is a measurement, not a test: pytest does not collect it.
+
+With --qcow2 every server has a qcow2 image of its own with the content of the raw one: "allocated" in
+the image itself, or behind it in a "raw" or "qcow2" backing file; or "empty". Where clusters are to be
+allocated, each measurement begins with a new image.
 """
 
 from __future__ import annotations
@@ -23,8 +28,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 # Name: fio's pattern, block size, queue depth, connections. None: nbdcopy to nowhere.
@@ -52,6 +58,7 @@ class Server:
     process: subprocess.Popen[bytes]
     uri: str
     pid: int
+    again: Callable[[], Server]
     rates: dict[str, list[float]] = field(default_factory=dict)
     cpu: dict[str, list[float]] = field(default_factory=dict)
 
@@ -80,19 +87,38 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(name: str, image: str, transport: str, directory: Path) -> Server:
+def qcow2_image(name: str, kind: str, raw: str, directory: Path) -> str:
+    """A new image for the server `name`; see --qcow2."""
+    path, base = directory / f"{name}.qcow2", directory / "base.qcow2"
+    path.unlink(missing_ok=True)
+    if kind == "allocated":
+        command = ["convert", "-f", "raw", "-O", "qcow2", raw, str(path)]
+    elif kind == "empty":
+        command = ["create", "-f", "qcow2", str(path), str(os.path.getsize(raw))]
+    else:
+        if kind == "qcow2" and not base.exists():
+            subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, str(base)], check=True)
+        backing = raw if kind == "raw" else str(base)
+        command = ["create", "-f", "qcow2", "-b", backing, "-F", kind, str(path)]
+    subprocess.run(["qemu-img", *command], check=True, stdout=subprocess.DEVNULL)
+    return str(path)
+
+
+def start(name: str, raw: str, transport: str, directory: Path, qcow2: str | None) -> Server:
+    image = raw if qcow2 is None else qcow2_image(name, qcow2, raw, directory)
+    image_format = "raw" if qcow2 is None else "qcow2"
     path, port = str(directory / f"{name}.sock"), _free_port()
     unix = transport == "unix"
     place = ["-k", path] if unix else ["-b", "127.0.0.1", "-p", str(port)]
     export = ""
     if name == "nbdserve":
-        command = [sys.executable, "-m", "nbdserve", "-f", "raw", "-t", "-e", "32", *place, image]
+        command = [sys.executable, "-m", "nbdserve", "-f", image_format, "-t", "-e", "32", *place, image]
     elif name.startswith("qemu-nbd-"):
         aio = name.removeprefix("qemu-nbd-")
         command = [
             "qemu-nbd",
             "-f",
-            "raw",
+            image_format,
             "-t",
             "-e",
             "32",
@@ -114,7 +140,8 @@ def start(name: str, image: str, transport: str, directory: Path) -> Server:
         command = ["nbd-server", "-C", str(config), "-p", str(directory / "nbd-server.pid")]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     uri = f"nbd+unix:///{export}?socket={path}" if unix else f"nbd://127.0.0.1:{port}/{export}"
-    server = Server(name, process, uri, process.pid)
+    again = partial(start, name, raw, transport, directory, qcow2)
+    server = Server(name, process, uri, process.pid, again)
     deadline = time.monotonic() + 20
     while subprocess.run(["nbdinfo", "--size", uri], capture_output=True).returncode:
         if time.monotonic() > deadline or process.poll():
@@ -170,21 +197,31 @@ def main() -> None:
     parser.add_argument("--transport", choices=["unix", "tcp"], default="unix")
     parser.add_argument("--cells", default=",".join(CELLS))
     parser.add_argument("--peers", default="qemu-nbd-io_uring,qemu-nbd-threads,nbdkit,nbd-server")
+    parser.add_argument("--qcow2", choices=["allocated", "raw", "qcow2", "empty"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=2)
     arguments = parser.parse_args()
     peers = [name for name in arguments.peers.split(",") if name]
+    if arguments.qcow2:
+        peers = [name for name in peers if name.startswith("qemu-nbd-")]
     directory = Path(tempfile.mkdtemp(prefix="nbdbench-"))
     servers: list[Server] = []
     try:
         image = os.path.abspath(arguments.image)
         # One by one into the list, so that those which run are stopped if the next one fails.
-        servers.extend(start(name, image, arguments.transport, directory) for name in [*peers, "nbdserve"])
+        servers.extend(
+            start(name, image, arguments.transport, directory, arguments.qcow2)
+            for name in [*peers, "nbdserve"]
+        )
         print("| cell |" + "".join(f" {server.name} |" for server in servers) + " ratio to the best peer |")
         print("|---|" + "---|" * (len(servers) + 1))
         for cell in arguments.cells.split(","):
             for _ in range(arguments.rounds):
-                for server in servers:
+                for number, server in enumerate(servers):
+                    if arguments.qcow2 not in (None, "allocated") and "w" in cell:
+                        stop(server)
+                        fresh = server.again()
+                        server = servers[number] = replace(fresh, rates=server.rates, cpu=server.cpu)
                     rate, cpu = measure(server, cell, arguments.seconds)
                     server.rates.setdefault(cell, []).append(rate)
                     server.cpu.setdefault(cell, []).append(cpu)

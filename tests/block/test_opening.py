@@ -12,7 +12,7 @@ from drivers.block.graph import Graph
 from drivers.block.node import OpenFlags
 from drivers.block.opening import open_image, open_options
 from drivers.catalog import Catalog
-from drivers.errors import OptionError, RequestError
+from drivers.errors import ImageError, OptionError, RequestError
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ async def test_naming_the_format_or_not_writing_needs_no_warning(disk: Path) -> 
     await node.write(0, b"QFI\xfb\0\0\0\3")
     await node.aclose()
     graph = Graph(Catalog())
-    with pytest.raises(OptionError):
+    with pytest.raises(ImageError):
         await open_image(graph, str(disk), warn=warnings.append)
     assert graph.nodes == {}
     await trio.to_thread.run_sync(disk.write_bytes, bytes(512))

@@ -27,7 +27,7 @@ def test_a_client_that_stops_in_the_middle_of_a_write(
     server = serve("-t", "-e", "0", str(disk), listener=listener)
     with server.good(style) as bad, server.good() as good:
         bad.send(bad.begin(Command.WRITE, MIB, 31 * MIB), b"x" * (1 * MIB))
-        for offset in (3, MIB + 600_001, 20 * MIB + 5):
+        for offset in (3, MIB + 1_600_001, 20 * MIB + 5):
             assert good.write(offset, b"good", CommandFlag.FUA) == 0
             assert good.read(offset, 4) == b"good"
         assert good.flush() == 0

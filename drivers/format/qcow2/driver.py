@@ -7,8 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-import structlog
-
 from drivers.block.extents import Extent
 from drivers.block.graph import OpenContext
 from drivers.block.image import (
@@ -41,8 +39,6 @@ from drivers.format.qcow2.unmapping import Unmapper
 from drivers.format.qcow2.writing import Writer
 from drivers.objects.store import ObjectStore
 from drivers.options.schema import Options
-
-log = structlog.get_logger()
 
 
 class Qcow2Node(ImageNode):
@@ -92,7 +88,7 @@ class Qcow2Node(ImageNode):
             file_node,
             header,
             checks=settings.overlap_checks if not flags.read_only else frozenset(),
-            on_corruption=lambda reason: log.error("qcow2", image=context.name, problem=reason),
+            on_corruption=lambda reason: _tell(context.name, reason),
         )
         l1, refcount_table = await read_tables(file)
         snapshots = ([], 0) if flags.for_check else await read_snapshots(file)
@@ -106,7 +102,7 @@ class Qcow2Node(ImageNode):
         if header.incompatible & Incompatible.DIRTY and not flags.read_only and not flags.for_check:
             await node._repair_dirty()
         else:
-            await node.snapshots.claim_all()
+            await node.snapshots.claim()
         await node._load_bitmaps()
         if data is not None:
             await node.use("data-file", data)
@@ -230,7 +226,7 @@ class Qcow2Node(ImageNode):
             # The disk can be read without them.
             for name in list(self.bitmaps):
                 self.untrack(name)
-            log.warning("qcow2", image=self.name, problem=f"The bitmaps cannot be used: {error}")
+            _tell(self.name, f"The bitmaps cannot be used: {error}")
         if self.stored_bitmaps.to_prepare and not self.flags.read_only:
             self.image.metadata.before_writing = self._prepare
             self._plain_write = self._nothing_plain  # type: ignore[method-assign]
@@ -296,7 +292,7 @@ class Qcow2Node(ImageNode):
         image.mapping.read_anew(l1)
         image.refcounts.read_anew(refcount_table)
         self.snapshots = Qcow2Snapshots(self, image, *await read_snapshots(image.file))
-        await self.snapshots.claim_all()
+        await self.snapshots.claim()
 
     async def amend(
         self, options: Options, /, *, progress: Progress | None = None, force: bool = False
@@ -325,3 +321,9 @@ class Qcow2Node(ImageNode):
             await image.metadata.mark_dirty()
             await self._unmapper.forget(0, -(-self.size // image.file.cluster_size))
             await image.metadata.flush()
+
+
+def _tell(name: str, problem: str) -> None:
+    import structlog  # takes as long to import as all else of a short command
+
+    structlog.get_logger().error("qcow2", image=name, problem=problem)

@@ -297,7 +297,6 @@ class Mapping:
         for entry in self.l1:
             if offset := entry & OFFSET_MASK:
                 self._file.release(offset, 1)
-                self._file.claim(offset, 1, "inactive-l2")
         self.read_anew(l1)
 
     def read_anew(self, l1: array[int]) -> None:

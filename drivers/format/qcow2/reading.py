@@ -239,12 +239,13 @@ class Reader:
             assert image.backing is not None
             for extent in await image.backing.block_status(offset + done, reach - done):
                 depth = extent.depth + 1 if extent.depth else 0
-                out.append(extent._replace(depth=depth))
+                short = extent.short + 1 if extent.short else 0
+                out.append(extent._replace(depth=depth, short=short))
                 done += extent.length
         if done < reach:
             return False
         if reach < length:
-            out.append(Extent(length - reach, ExtentFlags.ZERO, 0))
+            out.append(Extent(length - reach, ExtentFlags.ZERO, 0, short=0 if image.backing is None else 2))
         return True
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from typing import NamedTuple, TypeAlias
 
 import trio
@@ -307,22 +307,28 @@ class Refcounts:
     async def add(self, cluster: int, count: int, delta: int) -> list[int]:
         """Change the counts of `count` clusters by `delta`; the clusters that are free now. All or,
         with RequestError, none."""
-        done: list[tuple[Block, int]] = []
+        done: list[tuple[Block, range, list[int]]] = []
         freed: list[int] = []
         try:
-            for index in range(cluster, cluster + count):
-                block = await self._block(index >> self.block_bits)
-                value = 0 if block is None else block.counts[index & self._block_mask]
-                if block is None or not 0 <= value + delta <= self.maximum:
-                    raise await self._out_of_range(index, value, delta)
-                block.counts[index & self._block_mask] = value + delta
+            for first, where in self._by_block(cluster, count):
+                block = await self._block(first >> self.block_bits)
+                if block is None:
+                    raise await self._out_of_range(first, 0, delta)
+                before = [block.counts[index] for index in where]
+                for index, value in zip(where, before, strict=True):
+                    if not 0 <= value + delta <= self.maximum:
+                        raise await self._out_of_range(first + index - where.start, value, delta)
+                done.append((block, where, before))
                 block.dirty = True
-                done.append((block, index))
-                if not value + delta:
-                    freed.append(index)
+                for index, value in zip(where, before, strict=True):
+                    block.counts[index] = value + delta
+                if delta < 0 and -delta in before:
+                    base = first - where.start
+                    freed += [base + index for index in where if not block.counts[index]]
         except BaseException:
-            for block, index in done:
-                block.counts[index & self._block_mask] -= delta
+            for block, where, before in done:
+                for index, value in zip(where, before, strict=True):
+                    block.counts[index] = value
             raise
         if freed:
             # The lowest free clusters are used first, so that the file stays small.
@@ -333,6 +339,32 @@ class Refcounts:
             if self.open_cluster in freed:
                 self.open_cluster = None
         return freed
+
+    async def lower(self, cluster: int, count: int) -> list[int]:
+        """One reference less to each of these clusters that has several; the others."""
+        others: list[int] = []
+        for first, where in self._by_block(cluster, count):
+            block = await self._block(first >> self.block_bits)
+            if block is None:
+                raise await self._out_of_range(first, 0, -1)
+            base = first - where.start
+            block.dirty = True
+            for index in where:
+                if (value := block.counts[index]) > 1:
+                    block.counts[index] = value - 1
+                else:
+                    others.append(base + index)
+        return others
+
+    def _by_block(self, cluster: int, count: int) -> Iterator[tuple[int, range]]:
+        """These clusters, cut where another block begins: the first of each part, and where it is in
+        its block."""
+        end = cluster + count
+        while cluster < end:
+            at = cluster & self._block_mask
+            stop = min(at + end - cluster, self._block_mask + 1)
+            yield cluster, range(at, stop)
+            cluster += stop - at
 
     async def _out_of_range(self, cluster: int, value: int, delta: int) -> RequestError:
         if delta > 0 and value:
@@ -371,6 +403,8 @@ class Refcounts:
     async def allocate(self, count: int, *, fewer: bool = False) -> Run:
         """Like allocate_now(); waits for what it takes. RequestError(ENOSPC) where there is none."""
         async with self._lock:
+            if count > 1 << self.block_bits and not fewer:
+                return await self._allocate_long(count)
             run = self.allocate_now(count, fewer=fewer)
             while run is None:
                 # What is left of the window is too short, or its block was dropped.
@@ -381,6 +415,39 @@ class Refcounts:
                     raise RequestError(errno.ENOSPC)
             return run
 
+    async def _allocate_long(self, count: int) -> Run:
+        """Neighbours that one block does not cover: behind all that is covered already, and behind the
+        blocks that cover them."""
+        file = self._file
+        blocks = -(-count // ((1 << self.block_bits) - 1))
+        first = _behind_last(self.table)
+        while first + blocks > len(self.table):
+            await self._grow_table(first + blocks - 1)
+            first = _behind_last(self.table)
+        start = first << self.block_bits
+        end = start + blocks + count
+        if end << file.cluster_bits > MAX_HOST_OFFSET or not file.node.grow(end << file.cluster_bits):
+            raise RequestError(errno.ENOSPC)
+        offsets = [(start + number) << file.cluster_bits for number in range(blocks)]
+        await file.protect(offsets[0], (end - start) << file.cluster_bits)
+        new: dict[int, Block] = {}
+        for number, offset in enumerate(offsets):
+            counts = unpack_counts(bytes(file.cluster_size), self.order)
+            for index in range(min(len(counts), max(0, blocks - number * len(counts)))):
+                counts[index] = 1
+            await file.write(offset, pack_counts(counts))
+            new[first + number] = Block(offset, counts)
+        await file.flush()
+        entries = array("Q", offsets)
+        await file.write(file.header.refcount_table_offset + 8 * first, pack_table(entries))
+        self.table[first : first + blocks] = entries
+        self.blocks.update(new)
+        self._claim_table()
+        is_virgin = start + blocks >= self.virgin
+        await self.add(start + blocks, count, 1)
+        self.virgin = max(self.virgin, end)
+        return Run((start + blocks) << file.cluster_bits, count, is_virgin)
+
     async def give_back(self, run: Run) -> None:
         """Undo an allocation that nothing refers to."""
         with trio.CancelScope(shield=True):
@@ -388,8 +455,6 @@ class Refcounts:
 
     async def _find_window(self, count: int) -> None:
         """Look for `count` free neighbours; makes a new block where none covers what follows."""
-        if count > 1 << self.block_bits:
-            raise RequestError(errno.ENOSPC, "no such long run of clusters can be allocated")
         at = self._cursor
         if self._window < self._window_end and self._window >> self.block_bits not in self.blocks:
             at = min(at, self._window)
@@ -476,6 +541,11 @@ class Refcounts:
         self.virgin = max(self.virgin, start + used)
         self._claim_table()
         await self.add(old_offset >> file.cluster_bits, old_clusters, -1)
+
+
+def _behind_last(table: array[int]) -> int:
+    """The index behind the last entry that is used."""
+    return max((index + 1 for index, entry in enumerate(table) if entry), default=0)
 
 
 def _free_run(counts: Counts, start: int, wanted: int) -> tuple[int, int]:

@@ -40,12 +40,7 @@ class Rewrite:
         await self.release_clusters(offset >> bits, (length + (1 << bits) - 1) >> bits)
 
     async def release_clusters(self, first: int, count: int) -> None:
-        refcounts = self._image.refcounts
-        for cluster in range(first, first + count):
-            if await refcounts.get(cluster) > 1:
-                await refcounts.add(cluster, 1, -1)
-            else:
-                self._freed.append((cluster, 1))
+        self._freed += neighbours(await self._image.refcounts.lower(first, count))
 
     async def finish(self, **header: Any) -> None:
         """Let `header`, its changed fields, and all of this take effect, durably."""

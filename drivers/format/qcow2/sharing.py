@@ -13,7 +13,7 @@ import trio
 
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.layout import COMPRESSED, COPIED, L1_RESERVED, OFFSET_MASK, compressed_range
-from drivers.format.qcow2.refcounts import Counts, unpack_table
+from drivers.format.qcow2.refcounts import unpack_table
 
 WITHOUT_COPIED = COPIED - 1
 
@@ -75,24 +75,25 @@ class Flags:
         self._refcounts = image.refcounts
         self._bits = image.file.cluster_bits
         self._step = image.mapping.step
-        self._index = -1
-        self._counts: Counts | None = None
 
     async def corrected(self, entries: array[int]) -> array[int]:
         """The entries of an active L2 table, with the flags as the refcounts demand them."""
         out = entries[:]
+        bits, block_bits = self._bits, self._refcounts.block_bits
+        mask = (1 << block_bits) - 1
+        block, counts = -1, None
         for at in range(0, len(entries), self._step):
             entry = entries[at]
-            if not entry & COMPRESSED and entry & OFFSET_MASK:
-                single = await self.is_single(entry & OFFSET_MASK)
-                out[at] = entry & WITHOUT_COPIED | (COPIED if single else 0)
+            if entry & COMPRESSED or not entry & OFFSET_MASK:
+                continue
+            cluster = (entry & OFFSET_MASK) >> bits
+            if cluster >> block_bits != block:
+                # Most of them are in the same block.
+                block = cluster >> block_bits
+                counts = await self._refcounts.counts(block)
+            single = counts is not None and counts[cluster & mask] == 1
+            out[at] = entry & WITHOUT_COPIED | (COPIED if single else 0)
         return out
 
     async def is_single(self, offset: int) -> bool:
-        cluster = offset >> self._bits
-        index = cluster >> self._refcounts.block_bits
-        if index != self._index:
-            # Most of them are in the same block.
-            self._index, self._counts = index, await self._refcounts.counts(index)
-        counts = self._counts
-        return counts is not None and counts[cluster & ((1 << self._refcounts.block_bits) - 1)] == 1
+        return await self._refcounts.get(offset >> self._bits) == 1

@@ -92,7 +92,6 @@ class Qcow2Snapshots:
         self._image = image
         self._entries = tuple(entries)
         self._table_length = table_length
-        self._claim_table()
 
     # --- looking ----------------------------------------------------------------------------
 
@@ -137,8 +136,7 @@ class Qcow2Snapshots:
                 entries = (*self._entries, entry)
                 table = await self._write_entries(rewrite, entries)
                 await rewrite.finish(**table, **await self._write_l1(rewrite, l1))
-                self._became(entries, l1)
-            self._claim_l1(entry)
+                await self._became(entries, l1)
             return _info(entry)
 
     def _new_entry(self, name: bytes) -> SnapshotEntry:
@@ -191,7 +189,7 @@ class Qcow2Snapshots:
                 await self._release(rewrite, image.mapping.l1)
                 await rewrite.finish(size=size, **await self._write_l1(rewrite, l1))
                 image.size = size
-                self._became(self._entries, l1)
+                await self._became(self._entries, l1)
                 image.on_free_compressed()
             self._disk.became(size)
 
@@ -211,7 +209,7 @@ class Qcow2Snapshots:
         if not entry.l1_size:
             return array("Q")
         file = self._image.file
-        check_table(file.header, entry.l1_table_offset, entry.l1_size * 8, MAX_L1_BYTES, "Snapshot L1 table")
+        _check_l1(file, entry)
         return unpack_table(await file.read(entry.l1_table_offset, entry.l1_size * 8))
 
     # --- deleting ---------------------------------------------------------------------------
@@ -228,7 +226,7 @@ class Qcow2Snapshots:
                 l1 = await self._with_flags(rewrite)
                 table = await self._write_entries(rewrite, rest)
                 await rewrite.finish(**table, **await self._write_l1(rewrite, l1))
-                self._became(rest, l1)
+                await self._became(rest, l1)
                 image.on_free_compressed()
 
     async def _release(self, rewrite: Rewrite, l1: array[int]) -> None:
@@ -328,35 +326,33 @@ class Qcow2Snapshots:
         await rewrite.release(self._image.header.l1_table_offset, len(old) * 8)
         return {"l1_table_offset": await rewrite.write(pack_table(l1)), "l1_size": len(l1)}
 
-    def _became(self, entries: Sequence[SnapshotEntry], l1: array[int]) -> None:
+    async def _became(self, entries: Sequence[SnapshotEntry], l1: array[int]) -> None:
         self._image.mapping.replace(l1)
         self._entries = tuple(entries)
         self._table_length = len(_build(entries))
-        self._claim_table()
+        await self.claim()
 
-    # --- claims -----------------------------------------------------------------------------
-
-    def _claim_table(self) -> None:
-        if self._entries:
-            file = self._image.file
-            file.claim(file.header.snapshots_offset, self._table_length, "snapshot-table")
-
-    def _claim_l1(self, entry: SnapshotEntry) -> None:
-        if entry.l1_size:
-            self._image.file.claim(entry.l1_table_offset, entry.l1_size * 8, "inactive-l1")
-
-    async def claim_all(self) -> None:
-        """Tell the overlap checks where the snapshots' tables lie."""
+    async def claim(self) -> None:
+        """Tell the overlap checks where all of it lies. What is damaged protects nothing."""
         file = self._image.file
+        if self._entries:
+            file.claim(file.header.snapshots_offset, self._table_length, "snapshot-table")
         for entry in self._entries:
-            if "inactive-l1" in file.checks and entry.l1_size:
-                length = entry.l1_size * 8
-                check_table(file.header, entry.l1_table_offset, length, MAX_L1_BYTES, "Snapshot L1 table")
-                self._claim_l1(entry)
+            if not entry.l1_size or not file.checks & {"inactive-l1", "inactive-l2"}:
+                continue
+            try:
+                _check_l1(file, entry)
+            except ImageError:
+                continue
+            file.claim(entry.l1_table_offset, entry.l1_size * 8, "inactive-l1")
             if "inactive-l2" in file.checks:
                 for offset in await self._read_whole_l1(entry):
                     if offset & OFFSET_MASK and file.overlap(offset & OFFSET_MASK, 1) is None:
                         file.claim(offset & OFFSET_MASK, 1, "inactive-l2")
+
+
+def _check_l1(file: ImageFile, entry: SnapshotEntry) -> None:
+    check_table(file.header, entry.l1_table_offset, entry.l1_size * 8, MAX_L1_BYTES, "Snapshot L1 table")
 
 
 def _build(entries: Sequence[SnapshotEntry]) -> bytes:

@@ -143,6 +143,8 @@ class WireError(IntEnum):
 BASE_ALLOCATION = "base:allocation"
 ALLOCATION_DEPTH = "qemu:allocation-depth"
 DIRTY_BITMAP_PREFIX = "qemu:dirty-bitmap:"
+# What a listing may ask for to get all below it. Names of bitmaps may have colons, too.
+NAMESPACES = ("base:", "qemu:", DIRTY_BITMAP_PREFIX)
 
 
 class AllocationState(IntFlag):
@@ -150,6 +152,10 @@ class AllocationState(IntFlag):
 
     HOLE = 1 << 0
     ZERO = 1 << 1
+
+
+# The status bit of a dirty bitmap's context.
+DIRTY = 1 << 0
 
 
 # --- limits ---------------------------------------------------------------------------------

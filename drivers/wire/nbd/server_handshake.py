@@ -16,6 +16,7 @@ from drivers.wire.nbd.constants import (
     BASE_ALLOCATION,
     MAX_OPTION_PAYLOAD,
     MAX_STRING,
+    NAMESPACES,
     NBD_MAGIC,
     OPTION_MAGIC,
     OPTION_REPLY_MAGIC,
@@ -345,5 +346,5 @@ def _listed(queries: Sequence[str], contexts: Sequence[str]) -> list[str]:
     return [
         context
         for context in contexts
-        if any(query == context or (query.endswith(":") and context.startswith(query)) for query in queries)
+        if any(query == context or (query in NAMESPACES and context.startswith(query)) for query in queries)
     ]
