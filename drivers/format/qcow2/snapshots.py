@@ -267,7 +267,7 @@ class Qcow2Snapshots:
         async with rewriting(self._image) as rewrite:
             table = await self._write_entries(rewrite, self._entries)
             await rewrite.finish(**header, **table)
-            self._became(self._entries, self._image.mapping.l1)
+            await self._became(self._entries, self._image.mapping.l1)
 
     def sizes(self) -> set[int]:
         """How large the disks are."""
@@ -289,9 +289,7 @@ class Qcow2Snapshots:
         l1 = await change(self._image.mapping.l1)
         table = {} if tuple(entries) == self._entries else await self._write_entries(rewrite, entries)
         await rewrite.finish(**header, **table, **await self._write_l1(rewrite, l1))
-        self._became(entries, l1)
-        for entry in entries:
-            self._claim_l1(entry)
+        await self._became(entries, l1)
 
     # --- reading ----------------------------------------------------------------------------
 
