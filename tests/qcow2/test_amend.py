@@ -118,6 +118,23 @@ async def test_a_preallocated_zero_cluster_that_is_data_in_a_snapshot_stays_data
     assert states(path) == before
 
 
+async def test_what_only_the_image_has_afterwards_is_its_own_to_write(tmp_path: Path) -> None:
+    """A cluster is data in the disk, zeroes in a snapshot; the snapshot lets go of it."""
+    path = create(tmp_path / "disk.qcow2", SIZE)
+    qemu_io(path, "write -P 1 0 128k")
+    run("qemu-img", "snapshot", "-c", "other", path)
+    qemu_io(path, "write -z 0 64k")
+    run("qemu-img", "snapshot", "-c", "second", path)
+    run("qemu-img", "snapshot", "-a", "other", path)
+    run("qemu-img", "snapshot", "-d", "other", path)
+    before = states(path)
+    assert before[0] != before[1]
+    async with opened(path) as node:
+        await amend(node, "compat=0.10")
+    check(path)
+    assert states(path) == before
+
+
 async def test_zero_clusters_without_a_backing_file_take_no_storage(tmp_path: Path) -> None:
     path = create(tmp_path / "disk.qcow2", SIZE)
     qemu_io(path, "write -z 0 1M")

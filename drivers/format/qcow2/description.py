@@ -34,7 +34,8 @@ def _specific(image: Image, header: Header, bitmaps: list[DirtyBitmap]) -> Tree:
             facts["bitmaps"] = [_bitmap(bitmap) for bitmap in bitmaps]
     facts["refcount-bits"] = header.refcount_bits
     if header.has_data_file:
-        facts["data-file"] = header.data_file_name
+        if header.data_file_name is not None:
+            facts["data-file"] = header.data_file_name
         facts["data-file-raw"] = header.raw_data_file
     if header.crypt_method == CryptMethod.AES:
         facts["encrypt"] = {"format": "aes"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from drivers.errors import OptionError
 from drivers.format.qcow2.bitmaps import StoredBitmaps
@@ -23,6 +24,16 @@ from drivers.format.qcow2.snapshots import Qcow2Snapshots
 from drivers.format.qcow2.writing import Writer
 
 _ZEROES = bytes(1 << 20)
+# The header's fields, as far as version 2 has less to say.
+_VERSION_2: dict[str, Any] = {
+    "version": 2,
+    "header_length": V2_LENGTH,
+    "unknown_fields": b"",
+    "incompatible": 0,
+    "compatible": 0,
+    "autoclear": 0,
+    "compression_type": CompressionType.ZLIB,
+}
 
 
 def check_downgrade(image: Image, refcount_order: int) -> None:
@@ -54,6 +65,8 @@ class Downgrade:
         self._progress = progress
         # How many L1 tables lead to each L2 table that has zero clusters, by its offset.
         self._uses: Counter[int] = Counter()
+        # Entries of all L1 tables, and how many of them are done.
+        self._entries = self._done = 0
         # Where those are that were written anew.
         self._moved: dict[int, int] = {}
 
@@ -66,19 +79,21 @@ class Downgrade:
         await image.metadata.finish()
         image.metadata.lazy = False
         try:
-            async with rewriting(image) as rewrite:
-                await self._survey()
-                fields = await self._bitmaps.release_all(rewrite)
-                await self._snapshots.transform(
-                    rewrite, lambda l1: self._expand(rewrite, l1),
-                    version=2, header_length=V2_LENGTH, unknown_fields=b"", incompatible=0, compatible=0,
-                    autoclear=0, compression_type=CompressionType.ZLIB, **fields,
-                )  # fmt: skip
+            await self._survey()
+            if self._uses or image.header.bitmaps is not None:
+                await self._rewrite()
+            else:
+                await image.file.switch_header(**_VERSION_2)
         except BaseException:
             image.metadata.lazy = was_lazy
             raise
         self._bitmaps.forget_all()
         image.mapping.follow_version()
+
+    async def _rewrite(self) -> None:
+        async with rewriting(self._image) as rewrite:
+            fields = _VERSION_2 | await self._bitmaps.release_all(rewrite)
+            await self._snapshots.transform(rewrite, lambda l1: self._expand(rewrite, l1), **fields)
 
     async def _survey(self) -> None:
         """Look at all tables before anything is changed."""
@@ -98,18 +113,19 @@ class Downgrade:
                     )
                 if any(entry & ZERO and not entry & COMPRESSED for entry in entries):
                     self._uses[l1_entry & OFFSET_MASK] += 1
-            self._progress((number + 1) / total / 2)
+            self._entries += len(l1)
 
     async def _expand(self, rewrite: Rewrite, l1: array[int]) -> array[int]:
         """An L1 table like `l1` that leads to no zero cluster."""
         image = self._image
         own = l1 is image.mapping.l1
         out = l1[:]
-        done = 0
-        for index, entry in used(l1):
+        for index, entry in enumerate(l1):
+            self._done += 1
+            self._progress(self._done / self._entries)
             offset = entry & OFFSET_MASK
             uses = self._uses.get(offset)
-            if uses is None:
+            if not uses:
                 continue
             if offset not in self._moved:
                 entries = await read_table(image, index, entry)
@@ -118,8 +134,6 @@ class Downgrade:
                 await image.refcounts.add(new >> image.file.cluster_bits, 1, uses - 1)
             await rewrite.release(offset)
             out[index] = self._moved[offset] | (COPIED if own and uses == 1 else 0)
-            done += 1
-            self._progress((1 + done / len(self._uses)) / 2 if own else 0.5)
         return out
 
     async def _expand_table(self, rewrite: Rewrite, first: int, entries: array[int], uses: int) -> None:

@@ -223,7 +223,7 @@ class Qcow2Snapshots:
             async with rewriting(image) as rewrite:
                 await self._release(rewrite, await self._read_whole_l1(entry))
                 await rewrite.release(entry.l1_table_offset, entry.l1_size * 8)
-                l1 = await self._with_flags(rewrite)
+                l1 = await self._with_flags(rewrite, image.mapping.l1)
                 table = await self._write_entries(rewrite, rest)
                 await rewrite.finish(**table, **await self._write_l1(rewrite, l1))
                 await self._became(rest, l1)
@@ -237,11 +237,11 @@ class Qcow2Snapshots:
                 await rewrite.release_clusters(first, count)
             await rewrite.release(offset)
 
-    async def _with_flags(self, rewrite: Rewrite) -> array[int]:
+    async def _with_flags(self, rewrite: Rewrite, l1: array[int]) -> array[int]:
         """The active L1 table, with COPIED flags there and in the L2 tables as the refcounts are now."""
         image, flags = self._image, Flags(self._image)
-        out = image.mapping.l1[:]
-        for index, entry in used(image.mapping.l1):
+        out = l1[:]
+        for index, entry in used(l1):
             offset, entries = entry & OFFSET_MASK, await read_table(image, index, entry)
             corrected = await flags.corrected(entries)
             if corrected != entries:
@@ -286,7 +286,7 @@ class Qcow2Snapshots:
                 await rewrite.release(entry.l1_table_offset, entry.l1_size * 8)
                 entry = replace(entry, l1_table_offset=await rewrite.write(pack_table(l1)))
             entries.append(entry)
-        l1 = await change(self._image.mapping.l1)
+        l1 = await self._with_flags(rewrite, await change(self._image.mapping.l1))
         table = {} if tuple(entries) == self._entries else await self._write_entries(rewrite, entries)
         await rewrite.finish(**header, **table, **await self._write_l1(rewrite, l1))
         await self._became(entries, l1)
