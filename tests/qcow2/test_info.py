@@ -106,6 +106,16 @@ async def with_bitmaps_and_a_key(path: Path) -> None:
     await agrees(path)
 
 
+async def test_a_data_file_without_a_name(tmp_path: Path) -> None:
+    data = tmp_path / "data.raw"
+    path = create(tmp_path / "disk.qcow2", SIZE, f"data_file={data}")
+    opts = f"driver=qcow2,file.filename={path},data-file.filename={data}"
+    run("qemu-img", "amend", "-o", "data_file=", "--image-opts", opts)
+    found = json.loads(run("qemu-img", "info", "--output=json", "--image-opts", opts))
+    async with opened(path, INFO, data_file={"driver": "file", "filename": str(data)}) as node:
+        assert json.dumps((await node.info()).specific) == json.dumps(found["format-specific"]["data"])
+
+
 @pytest.mark.parametrize("bit", [0, 1], ids=["dirty", "corrupt"])
 async def test_what_is_not_in_order(tmp_path: Path, bit: int) -> None:
     path = create(tmp_path / "disk.qcow2", SIZE)
