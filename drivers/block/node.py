@@ -49,7 +49,9 @@ class OpenFlags:
     reach storage, `detect_zeroes` turns written zeroes into write_zeroes (and with "unmap" into
     holes). `auto_read_only` falls back to read-only where writing is not possible. `force_share`
     opens read-only beside a writer. `no_backing` leaves the backing file alone, whatever the image names;
-    `for_check` opens what is to be checked or repaired: neither damage nor a dirty mark is in its way.
+    `for_check` opens what is to be checked or repaired: neither damage nor a dirty mark is in its way;
+    `for_info` what is only to be described: guest data are neither read nor written. So both go without
+    the key of an encrypted image; `for_info` does not even look at it.
     """
 
     read_only: bool = False
@@ -61,6 +63,7 @@ class OpenFlags:
     detect_zeroes: Literal["off", "on", "unmap"] = "off"
     no_backing: bool = False
     for_check: bool = False
+    for_info: bool = False
 
 
 class Hold(NamedTuple):

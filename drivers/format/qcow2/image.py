@@ -11,6 +11,7 @@ import trio
 
 from drivers.block.node import Node
 from drivers.crypto.cipher import SectorCipher
+from drivers.crypto.luks.layout import Header as LuksHeader
 from drivers.crypto.luks.volume import Volume
 from drivers.errors import RequestError
 from drivers.format.qcow2.header import Header
@@ -79,8 +80,11 @@ class Image:
         self.options = options
         self.backing: Node | None = None
         self.crypt: SectorCipher | None = None
-        # With LUKS, what has the key slots.
+        # With LUKS, what has the key slots, and what their header says.
         self.volume: Volume | None = None
+        self.luks: LuksHeader | None = None
+        # Encrypted, and opened without the key: guest data are neither read nor written.
+        self.locked = False
         # The cipher counts sectors of the guest's disk, not of the file.
         self.crypt_by_guest = False
         self.size = header.size
@@ -101,6 +105,9 @@ class Image:
         self.metadata.flush_data = self.flush_data
         self.metadata.discard_host = self.discard_host
         self.mapping.on_free = self.metadata.free
+        self.mapping.on_load = self.clean_caches
+        # When the caches were last cleaned.
+        self._cleaned = trio.current_time()
         # Called when compressed data are freed.
         self.on_free_compressed: Callable[[], object] = lambda: None
 
@@ -113,9 +120,22 @@ class Image:
         """The guest's clusters lie in a file of their own, each at its guest offset."""
         return self.data is not self.file.node
 
+    def clean_caches(self) -> None:
+        """Drop what the caches hold without need, where it is time to. Never waits."""
+        interval = self.options.cache_clean_interval
+        if interval and trio.current_time() - self._cleaned >= interval:
+            self._cleaned = trio.current_time()
+            self.mapping.drop_unused()
+            self.refcounts.drop_unused()
+
     def check_writable(self) -> None:
         if self.file.corrupt:
             raise RequestError(errno.EIO, "the image is corrupt")
+        self.check_unlocked()
+
+    def check_unlocked(self) -> None:
+        if self.locked:
+            raise RequestError(errno.EACCES, "the image was opened without its key")
 
     def backing_length(self, offset: int, length: int) -> int:
         """How much of this range, from its start on, the backing file reaches."""

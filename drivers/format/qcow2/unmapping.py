@@ -33,7 +33,10 @@ class Unmapper:
         self._writer = writer
         self._bits = image.mapping.cluster_bits
         self._mask = image.mapping.cluster_size - 1
-        self._v3 = image.header.version >= 3
+
+    @property
+    def _v3(self) -> bool:
+        return self._image.header.version >= 3
 
     # --- zeroes -----------------------------------------------------------------------------
 
