@@ -115,11 +115,11 @@ class Connection:
         preadv, pwrite = os.preadv, os.pwrite
         export, sender, tasks, turn = self._export, self._sender, self._tasks, self._turn
         pace = export.pace
-        plain, plain_write = export.node.plain, export.node.plain_write
-        if trace.enabled:
-            plain = plain_write = _nothing  # every request passes where it is traced
+        plain, plain_write, write_now = export.node.plain, export.node.plain_write, export.node.write_now
         size, mask = export.info.size, self._session.minimum_block - 1
-        write_fast = export.writable and not export.writethrough
+        write_fast = export.writable and not export.writethrough and not trace.enabled
+        if trace.enabled:
+            plain = _nothing  # every request passes where it is traced
         extended, structured = self._replies.extended, self._replies.structured
         header = messages.EXTENDED_REQUEST if extended else messages.REQUEST
         request_magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
@@ -242,9 +242,13 @@ class Connection:
                             start, end = 0, end - start
                         break
                     spans = plain_write(offset, length)
-                    if spans is not None and len(spans) == 1:
+                    if spans is None or len(spans) == 1:
+                        data = view[payload : payload + length]
                         try:
-                            done = pwrite(spans[0][0], view[payload : payload + length], spans[0][1])
+                            if spans is not None:
+                                done = pwrite(spans[0][0], data, spans[0][1])
+                            else:
+                                done = length if write_now(offset, data) else -1
                         except OSError:
                             done = -1  # the slow path meets it again, and reports it
                         if clock() - began >= stall:  # the next one may have to wait as well
@@ -338,6 +342,9 @@ class Connection:
                     return streamed
             await self._tasks.wait_for_room(payload_length)
             request.payload, start, end = await self._payload(payload_length, view, start, end)
+            if self._write_now(request):
+                await self._sender.send(self._replies.success(request.cookie, request.offset))
+                return start, end
         elif request.command == Command.READ:
             if request.length > INLINE_READ and await self._large_reads.answer(request):
                 return start, end
@@ -407,6 +414,21 @@ class Connection:
                 raise ProtocolError("the client left in the middle of a request")
         return start + length, end
 
+    def _write_now(self, request: Request) -> bool:
+        """Write a payload that is here whole, if that takes no waiting."""
+        export, pace = self._export, self._export.pace
+        if (
+            export.writethrough
+            or request.flags & _FUA
+            or not (pace.inline or pace.recover())
+            or trace.enabled
+        ):
+            return False
+        began = time.perf_counter()
+        done = export.node.write_now(request.offset, memoryview(request.payload))
+        pace.note(time.perf_counter() - began)
+        return done
+
     async def _stream_write(
         self, request: Request, view: memoryview, start: int, end: int
     ) -> tuple[int, int] | None:
@@ -453,7 +475,8 @@ class Connection:
         node, pace = self._export.node, self._export.pace
         spans = node.plain_write(offset, len(data)) if pace.inline or pace.recover() else None
         if spans is None or len(spans) != 1:
-            await node.write(offset, data)
+            if spans is not None or not pace.inline or not node.write_now(offset, data):
+                await node.write(offset, data)
             return
         began = time.perf_counter()
         try:

@@ -112,6 +112,10 @@ class Node:
         """See plain_write(). The node is writable and the range lies inside it."""
         return None
 
+    def _write_now(self, offset: int, data: memoryview, /) -> bool:
+        """See write_now(). The node is writable and the range lies inside it."""
+        return False
+
     async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
         """Fill all of `buffer`."""
         raise NotImplementedError
@@ -204,6 +208,17 @@ class Node:
         if spans is not None and self._tracking:
             self._mark(offset, length)
         return spans
+
+    def write_now(self, offset: int, data: memoryview, /) -> bool:
+        """Write `data` where plain_write() knows no place for them, if that takes no waiting. False
+        if it does, or failed: write() then tells. The range must lie inside the node."""
+        if self.requests.guarded or self.flags.read_only or self.flags.detect_zeroes != "off":
+            return False
+        if not self._write_now(offset, data):
+            return False
+        if self._tracking:
+            self._mark(offset, len(data))
+        return True
 
     def grow(self, size: int, /) -> bool:
         """Have the node end at `size` or behind: what is added reads as zeroes, and takes no

@@ -51,6 +51,9 @@ class PadNode(Node):
     def _plain_write(self, offset: int, length: int, /) -> Sequence[Span] | None:
         return self.child.plain_write(offset, length) if offset + length <= self.child.size else None
 
+    def _write_now(self, offset: int, data: memoryview, /) -> bool:
+        return offset + len(data) <= self.child.size and self.child.write_now(offset, data)
+
     async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
         inside = self._inside(offset, len(buffer))
         await self.child.read_into(min(offset, self.child.size), buffer[:inside])

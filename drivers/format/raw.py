@@ -126,6 +126,11 @@ class RawNode(ImageNode):
             return None
         return self._child.plain_write(self._offset + offset, length)
 
+    def _write_now(self, offset: int, data: memoryview, /) -> bool:
+        if self._protected and offset < PROBE_SIZE:
+            return False
+        return self._child.write_now(self._offset + offset, data)
+
     async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
         await self._child.read_into(self._offset + offset, buffer)
 

@@ -28,6 +28,7 @@ from drivers.format.qcow2.encryption import unlock
 from drivers.format.qcow2.header import CryptMethod, Header, Incompatible
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.imagefile import ImageFile
+from drivers.format.qcow2.inline import InlineWriter
 from drivers.format.qcow2.new import AMEND_OPTIONS, CREATE_OPTIONS
 from drivers.format.qcow2.opening import open_backing, open_data_file, read_header, read_tables
 from drivers.format.qcow2.options import take_options
@@ -65,12 +66,13 @@ class Qcow2Node(ImageNode):
         self.backing: Node | None = None
         self._reader = Reader(image)
         self.writer = Writer(image, self._reader)
+        self._inline = InlineWriter(image)
         self.stored_bitmaps = StoredBitmaps(self, image)
         self._unmapper = Unmapper(image, self.writer)
         # One call less for every request of the hot path.
         if not image.locked:
             self._plain = self._reader.plain  # type: ignore[method-assign]
-            self._plain_write = self.writer.plain_write  # type: ignore[method-assign]
+            self._plain_write = self._inline.plain_write  # type: ignore[method-assign]
 
     # --- opening ----------------------------------------------------------------------------
 
@@ -88,7 +90,7 @@ class Qcow2Node(ImageNode):
             file_node,
             header,
             checks=settings.overlap_checks if not flags.read_only else frozenset(),
-            on_corruption=lambda reason: _tell(context.name, reason),
+            on_corruption=lambda reason: _tell(context.name, "error", reason),
         )
         l1, refcount_table = await read_tables(file)
         snapshots = ([], 0) if flags.for_check else await read_snapshots(file)
@@ -131,6 +133,9 @@ class Qcow2Node(ImageNode):
     async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
         self.image.check_unlocked()
         await self._reader.read_into(offset, buffer)
+
+    def _write_now(self, offset: int, data: memoryview, /) -> bool:
+        return not self.image.locked and self._inline.write_now(offset, data)
 
     async def _write(self, offset: int, data: memoryview, /, *, fua: bool) -> None:
         await self.writer.write(offset, data)
@@ -226,7 +231,7 @@ class Qcow2Node(ImageNode):
             # The disk can be read without them.
             for name in list(self.bitmaps):
                 self.untrack(name)
-            _tell(self.name, f"The bitmaps cannot be used: {error}")
+            _tell(self.name, "warning", f"The bitmaps cannot be used: {error}")
         if self.stored_bitmaps.to_prepare and not self.flags.read_only:
             self.image.metadata.before_writing = self._prepare
             self._plain_write = self._nothing_plain  # type: ignore[method-assign]
@@ -236,7 +241,7 @@ class Qcow2Node(ImageNode):
 
     async def _prepare(self) -> None:
         await self.stored_bitmaps.prepare()
-        self._plain_write = self.writer.plain_write  # type: ignore[method-assign]
+        self._plain_write = self._inline.plain_write  # type: ignore[method-assign]
 
     async def add_bitmap(self, name: str, granularity: int | None = None, *, enabled: bool = True) -> None:
         self._check_changeable()
@@ -323,7 +328,7 @@ class Qcow2Node(ImageNode):
             await image.metadata.flush()
 
 
-def _tell(name: str, problem: str) -> None:
+def _tell(name: str, level: str, problem: str) -> None:
     import structlog  # takes as long to import as all else of a short command
 
-    structlog.get_logger().error("qcow2", image=name, problem=problem)
+    getattr(structlog.get_logger(), level)("qcow2", image=name, problem=problem)

@@ -448,6 +448,15 @@ class Refcounts:
         self.virgin = max(self.virgin, end)
         return Run((start + blocks) << file.cluster_bits, count, is_virgin)
 
+    def give_back_now(self, run: Run) -> None:
+        """Undo what allocate_now() has just done."""
+        first = run.offset >> self._file.cluster_bits
+        block = self.blocks[first >> self.block_bits]
+        for index in range(first & self._block_mask, (first & self._block_mask) + run.clusters):
+            block.counts[index] = 0
+        self._cursor = min(self._cursor, first)
+        self._window = self._window_end = self._cursor
+
     async def give_back(self, run: Run) -> None:
         """Undo an allocation that nothing refers to."""
         with trio.CancelScope(shield=True):

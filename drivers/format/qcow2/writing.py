@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import trio
 
-from drivers.block.extents import Span
 from drivers.block.inline import write_now
 from drivers.crypto.cipher import in_turns
 from drivers.format.qcow2.compress import compress
@@ -20,7 +19,6 @@ from drivers.format.qcow2.layout import (
     COPIED,
     OFFSET_MASK,
     SUBCLUSTERS,
-    ZERO,
     compressed_entry,
 )
 from drivers.format.qcow2.mapping import HOLE, RESERVED, RESERVED_ZERO, ZEROED, Slice
@@ -55,64 +53,9 @@ class Writer:
         self._reader = reader
         self._bits = image.mapping.cluster_bits
         self._mask = image.mapping.cluster_size - 1
-        self._data_plain_write = image.data.plain_write
         # Where the next compressed cluster goes, if it goes on in refcounts.open_cluster.
         self._compressed_end = 0
         self._packing = trio.Lock()
-
-    # --- without waiting --------------------------------------------------------------------
-
-    def plain_write(self, offset: int, length: int) -> Sequence[Span] | None:
-        """See Node.plain_write(). Where the range reads as zeroes, and only then, clusters are
-        allocated: if their data never come, nothing has changed."""
-        image, mapping = self._image, self._mapping
-        if image.crypt is not None or mapping.extended or image.file.corrupt:
-            return None
-        bits = self._bits
-        first, last = offset >> bits, (offset + length - 1) >> bits
-        found = mapping.pin_now(first >> mapping.slice_bits)
-        if found is None or last >> mapping.slice_bits != first >> mapping.slice_bits:
-            return None
-        entries = found.entries
-        at = first & mapping.slice_mask
-        entry = entries[at]
-        host = entry & OFFSET_MASK
-        if entry & COPIED and host and not entry & (COMPRESSED | ZERO | self._mask & OFFSET_MASK):
-            step = self._mask + 1
-            wanted = entry
-            for index in range(at + 1, at + 1 + last - first):
-                wanted += step
-                if entries[index] != wanted:
-                    return None
-            host += offset & self._mask
-        else:
-            allocated = self._allocate_now(found, first, last)
-            if allocated is None:
-                return None
-            host = allocated + (offset & self._mask)
-        if host + length > image.data.size or (not image.external and image.file.overlap(host, length)):
-            return None
-        return self._data_plain_write(host, length)
-
-    def _allocate_now(self, found: Slice, first: int, last: int) -> int | None:
-        """Allocate neighbouring clusters for guest clusters that read as zeroes; their host offset."""
-        image, mapping = self._image, self._mapping
-        if image.busy or image.external or not image.metadata.writable_now:
-            return None
-        at = first & mapping.slice_mask
-        for index in range(at, at + last - first + 1):
-            entry = found.entries[index]
-            if entry and entry != mapping.zero_flag:
-                return None
-            if not entry and image.backing_length((first + index - at) << self._bits, self._mask + 1):
-                return None
-        run = image.refcounts.allocate_now(last - first + 1, virgin=True)
-        if run is None:
-            return None
-        for number, index in enumerate(range(at, at + run.clusters)):
-            found.entries[index] = run.offset + (number << self._bits) | COPIED
-        found.dirty = True
-        return run.offset
 
     # --- writing ----------------------------------------------------------------------------
 

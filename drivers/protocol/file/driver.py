@@ -81,7 +81,7 @@ class FileNode(Node):
             self._aio.start()
         self._sparse = opened.sparse
         self._may_grow = opened.may_grow
-        # The node was grown: the file itself may still end before `size`.
+        # The node has grown: the file itself may still end before `size`.
         self._grown = False
         self._limiter = limiter or trio.CapacityLimiter(WORKERS)
         self._dsync = os.RWF_DSYNC
@@ -284,9 +284,9 @@ class FileNode(Node):
     def _sync(self) -> None:
         """fdatasync. Once it failed, the kernel takes the lost pages for clean and the next call
         would succeed; so it is not asked again."""
+        self._settle()
         if not self._flush_errno:
             try:
-                self._settle()
                 os.fdatasync(self._fd)
             except OSError as error:
                 self._flush_errno = error.errno or errno.EIO
@@ -294,15 +294,25 @@ class FileNode(Node):
             raise RequestError(self._flush_errno)
 
     def _grow(self, size: int, /) -> bool:
-        self._grown = self._may_grow
+        self._grown |= self._may_grow
         return self._may_grow
 
     def _settle(self) -> None:
-        """Give the file the length that the node has grown to."""
-        if self._grown:
-            self._grown = False
-            if os.fstat(self._fd).st_size < self.size:
-                os.ftruncate(self._fd, self.size)
+        """Give the file the length that the node has grown to. Called in a thread, while others may
+        write behind that length: it must never cut the file, as ftruncate with a length that has just
+        become too small would."""
+        size = self.size
+        if self._grown and os.fstat(self._fd).st_size < size:
+            try:
+                syscalls.fallocate(self._fd, 0, size - 1, 1)
+            except OSError as error:
+                if error.errno not in _CANNOT:
+                    raise
+                trio.from_thread.run_sync(self._extend)
+
+    def _extend(self) -> None:
+        # On the event loop nobody grows the node meanwhile, and nobody writes behind its end.
+        os.ftruncate(self._fd, max(self.size, os.fstat(self._fd).st_size))
 
     async def _cache(self, offset: int, length: int, /) -> None:
         if not self.flags.direct:
