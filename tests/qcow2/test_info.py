@@ -138,6 +138,7 @@ async def test_without_the_key_nothing_of_the_guest_s_is_read_or_written(
     async with opened(path, OpenFlags(discard=True, for_info=True)) as node:
         assert node.plain(0, 512) is None
         assert node.plain_write(0, 512) is None
+        assert not node.write_now(0, memoryview(b"x" * 512))
         with pytest.raises(OSError, match="opened without its key"):
             await node.read_into(0, bytearray(512))
         for request in (
