@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Literal, NamedTuple
@@ -401,13 +402,13 @@ class Node:
                 finally:
                     self.closed = True
                     self.requests.guarded += 1  # for good: the fast path asks for nothing else
-                    try:
-                        await self._close()
-                    finally:
-                        for edge in reversed(list(self.children.values())):
-                            await edge.detach()
+                    # Each of these is done, whichever of them fails.
+                    async with AsyncExitStack() as stack:
                         for callback in self._close_callbacks:
-                            callback()
+                            stack.callback(callback)
+                        for edge in self.children.values():
+                            stack.push_async_callback(edge.detach)
+                        await self._close()
 
     def on_close(self, callback: Callable[[], object]) -> None:
         """Have `callback` called once the node is closed."""
