@@ -50,6 +50,16 @@ class LuksNode(ImageNode):
         CreateOption("iter-time", "number", "Time to spend in PBKDF in milliseconds"),
     )
 
+    amend_options = (
+        CreateOption("iter-time", "number", "Time to spend in PBKDF in milliseconds"),
+        CreateOption("keyslot", "number", "Select a single keyslot to modify explicitly"),
+        CreateOption(
+            "new-secret", "string", "New secret to set in the matching keyslots. Empty string to erase"
+        ),
+        CreateOption("old-secret", "string", "Select all keyslots that match this password"),
+        CreateOption("state", "string", "Select new state of affected keyslots (active/inactive)"),
+    )
+
     def __init__(
         self,
         child: Node,
