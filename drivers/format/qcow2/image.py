@@ -100,7 +100,7 @@ class Image:
         self.metadata.mapping = self.mapping
         self.metadata.flush_data = self.flush_data
         self.metadata.discard_host = self.discard_host
-        self.mapping.on_free = self.metadata.free
+        self.mapping.on_free = self.refcounts.on_free = self.metadata.free
         # Called when compressed data are freed.
         self.on_free_compressed: Callable[[], object] = lambda: None
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+import trio
+
 from drivers.block.inline import read_now, write_now
 from drivers.block.node import Node
 from drivers.block.pace import Pace
@@ -79,6 +81,22 @@ class ImageFile:
         """Change fields of the header and write the sectors that this changes. Not durable before
         the next flush."""
         await self.write_header(replace(self.header, **changes))
+
+    async def lead_to(self, **changes: Any) -> None:
+        """Let the header lead to other tables, durably. Where that fails it leads to the old ones; if
+        not even that is certain, nothing is written to the image any more. It is not cancelled half
+        way."""
+        before = self.header
+        with trio.CancelScope(shield=True):
+            try:
+                await self.update_header(**changes)
+                await self.flush()
+            except BaseException:
+                corrupt, self.corrupt = self.corrupt, True
+                await self.write_header(before)
+                await self.flush()
+                self.corrupt = corrupt
+                raise
 
     async def write_header(self, header: Header) -> None:
         new = header.build()

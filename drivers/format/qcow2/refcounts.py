@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from typing import NamedTuple, TypeAlias
 
 import trio
@@ -135,6 +135,9 @@ class Refcounts:
         # The cluster that compressed data are being packed into; None once it is free again.
         self.open_cluster: int | None = None
         self._claim_table()
+
+    # Told of clusters that lost a reference: when that is durable, they are free.
+    on_free: Callable[[int, int, str], None]
 
     def _claim_table(self) -> None:
         file, header = self._file, self._file.header
@@ -296,6 +299,7 @@ class Refcounts:
                     if not 0 <= value + delta <= self.maximum:
                         raise await self._out_of_range(first + index - where.start, value, delta)
                 done.append((block, where, before))
+                block.pins += 1  # it stays the one that is known, if all this must be undone
                 block.dirty = True
                 for index, value in zip(where, before, strict=True):
                     block.counts[index] = value + delta
@@ -304,9 +308,13 @@ class Refcounts:
                     freed += [base + index for index in where if not block.counts[index]]
         except BaseException:
             for block, where, before in done:
+                block.dirty = True
                 for index, value in zip(where, before, strict=True):
                     block.counts[index] = value
             raise
+        finally:
+            for block, _, _ in done:
+                block.pins -= 1
         if freed:
             # The lowest free clusters are used first, so that the file stays small.
             if self._window < self._window_end:
@@ -519,14 +527,13 @@ class Refcounts:
         await file.write(table_offset, pack_table(table))
         await file.flush()
         old_offset, old_clusters = file.header.refcount_table_offset, file.header.refcount_table_clusters
-        await file.update_header(refcount_table_offset=table_offset, refcount_table_clusters=clusters)
-        await file.flush()
+        await file.lead_to(refcount_table_offset=table_offset, refcount_table_clusters=clusters)
         file.release(old_offset, old_clusters << file.cluster_bits)
         self.table = table
         self.blocks.update(new)
         self.virgin = max(self.virgin, start + used)
         self._claim_table()
-        await self.add(old_offset >> file.cluster_bits, old_clusters, -1)
+        self.on_free(old_offset, old_clusters, "other")
 
 
 def _behind_last(table: array[int]) -> int:
