@@ -101,8 +101,8 @@ class Image:
         self.metadata.flush_data = self.flush_data
         self.metadata.discard_host = self.discard_host
         self.mapping.on_free = self.refcounts.on_free = self.metadata.free
-        # Called when compressed data are freed.
-        self.on_free_compressed: Callable[[], object] = lambda: None
+        # Called when compressed data are freed, or written.
+        self.on_changed_compressed: Callable[[], object] = lambda: None
 
     @property
     def header(self) -> Header:
@@ -135,7 +135,7 @@ class Image:
         bits = self.file.cluster_bits
         offset, length = compressed_range(entry, bits)
         first, last = offset >> bits, (offset + length - 1) >> bits
-        self.on_free_compressed()
+        self.on_changed_compressed()
         self.metadata.free(first << bits, last - first + 1, "other")
 
     def crypt_sector(self, host: int, guest: int) -> int:

@@ -325,6 +325,11 @@ class Refcounts:
                 self.open_cluster = None
         return freed
 
+    def close(self, cluster: int) -> None:
+        """No more compressed data are packed into this cluster."""
+        if self.open_cluster == cluster:
+            self.open_cluster = None
+
     async def lower(self, cluster: int, count: int) -> list[int]:
         """One reference less to each of these clusters that has several; the others."""
         others: list[int] = []
