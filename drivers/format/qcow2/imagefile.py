@@ -51,6 +51,8 @@ class ImageFile:
         self.pace = Pace()
         # The image turned out to be damaged: nothing is written to it any more.
         self.corrupt = False
+        # One change of the header at a time, or the later would take back the earlier.
+        self._changing = trio.Lock()
         # What the host clusters with metadata hold, by cluster index: no data may be written there.
         self.owners: dict[int, str] = {}
         self.checks = checks
@@ -80,7 +82,8 @@ class ImageFile:
     async def update_header(self, **changes: Any) -> None:
         """Change fields of the header and write the sectors that this changes. Not durable before
         the next flush."""
-        await self.write_header(replace(self.header, **changes))
+        async with self._changing:
+            await self.write_header(replace(self.header, **changes))
 
     async def lead_to(self, **changes: Any) -> None:
         """Let the header lead to other tables, durably. Where that fails it leads to the old ones; if

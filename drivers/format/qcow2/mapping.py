@@ -265,6 +265,15 @@ class Mapping:
                 first = (write.offset - base) // 8
                 self.l1_dirty.update(range(first, first + len(write.data) // 8))
 
+    def next_mapped(self, first: int, last: int) -> int:
+        """The first guest cluster from `first` on in an L2 table that exists; `last` if there is none
+        before it."""
+        index, end = first >> self.l2_bits, (last - 1 >> self.l2_bits) + 1
+        if index < end and self.l1[index]:
+            return first
+        found = next((i for i in range(index, end) if self.l1[i]), None)
+        return last if found is None else max(first, found << self.l2_bits)
+
     def forget_table(self, l1_index: int) -> None:
         """The guest clusters of this L1 entry have no L2 table any more."""
         self.l1[l1_index] = 0

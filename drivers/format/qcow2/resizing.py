@@ -61,6 +61,8 @@ async def resize(image: Image, unmapper: Unmapper, size: int) -> None:
     else:
         await grow_l1(image, size)
         await _hide(image, unmapper, size)
+        # Else a power cut may show what was hidden.
+        await image.metadata.flush()
         await file.update_header(size=size)
     if image.header.raw_data_file:
         await image.data.truncate(size)

@@ -90,7 +90,7 @@ class Writer:
             index = (offset >> self._bits & mapping.slice_mask) * step
             entry = found.entries[index]
             here = (entry & OFFSET_MASK) + (offset & self._mask)
-            if not entry & COPIED or entry & COMPRESSED or entry & OFFSET_MASK & self._mask:
+            if not self._owned(entry) or entry & OFFSET_MASK & self._mask:
                 break
             stop = min(end, (offset | self._mask) + 1)
             if mapping.extended:
@@ -106,6 +106,12 @@ class Writer:
                 break  # a subcluster behind it is not allocated
             offset = stop
         return host, length
+
+    def _owned(self, entry: int) -> bool:
+        """Whether the entry leads to a host cluster that is its own. 0 is one only in a data file."""
+        if not entry & COPIED or entry & COMPRESSED:
+            return False
+        return bool(entry & OFFSET_MASK) or self._image.external
 
     def _allocated_until(self, bitmap: int, offset: int, stop: int) -> int:
         """Up to where, within the cluster and `stop`, the subclusters from `offset` on have data."""
@@ -180,7 +186,7 @@ class Writer:
         entry = entries[index]
         if not entry & COMPRESSED and entry & OFFSET_MASK & self._mask:
             raise await image.file.corruption(f"Cluster allocation offset {entry & OFFSET_MASK:#x} unaligned")
-        if image.external or (entry & COPIED and not entry & COMPRESSED):
+        if image.external or self._owned(entry):
             # A host cluster of its own: reserved, or given by the guest's offset.
             host = first << self._bits if image.external else entry & OFFSET_MASK
             return Target(first, 1, host, None, virgin=False, whole=False)
@@ -188,7 +194,7 @@ class Writer:
         count = 1
         while first + count <= last:
             other = entries[index + count * step]
-            if (other & COPIED and not other & COMPRESSED) or _has_data(other) != whole:
+            if self._owned(other) or _has_data(other) != whole:
                 break
             count += 1
         run = await image.refcounts.allocate(count, fewer=True)
@@ -294,6 +300,7 @@ class Writer:
                 index = (cluster & mapping.slice_mask) * mapping.step
                 old = found.entries[index]
                 found.entries[index] = compressed_entry(host, len(packed), self._bits)
+                image.on_changed_compressed()  # the same entry may have led to other data
                 if mapping.extended:
                     found.entries[index + 1] = 0
                 found.dirty = True
@@ -336,9 +343,10 @@ class Writer:
         refcounts = self._image.refcounts
         if refcounts.open_cluster != cluster or await refcounts.get(cluster) >= refcounts.maximum:
             return False
-        if refcounts.open_cluster != cluster:
-            return False
         await refcounts.add(cluster, 1, 1)
+        if refcounts.open_cluster != cluster:  # it was given up meanwhile
+            await refcounts.add(cluster, 1, -1)
+            return False
         return True
 
 
