@@ -127,8 +127,16 @@ class Image:
         await self.file.flush()
 
     async def discard_host(self, offset: int, length: int, why: str) -> None:
-        if self.options.passes_discard[why] and not self.external:
-            await self.file.node.discard(offset, min(length, max(0, self.file.node.size - offset)))
+        """These bytes of the image file are of no use any more."""
+        node = self.file.node
+        length = min(length, max(0, node.size - offset))
+        if self.external or not length:
+            return
+        if self.options.passes_discard[why] and node.flags.discard:
+            await node.discard(offset, length)
+        elif node.lent:
+            # What is written there next comes to lie in other pages than those that are on their way.
+            await node.write_zeroes(offset, length, may_unmap=False)
 
     def free_compressed(self, entry: int) -> None:
         """Drop a reference to a compressed cluster."""
