@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from drivers.block.node import OpenFlags
 from drivers.testing.memory import MemoryNode
 from drivers.testing.model import write_plain
-from tests.qcow2.qemu import create, opened_over, qemu_io
+from tests.qcow2.qemu import create, opened, opened_over, qemu_io
 
 SIZE = 1 << 30
 COPIED = 1 << 63
@@ -53,3 +54,25 @@ async def test_a_discard_of_a_huge_empty_disk_takes_no_time(tmp_path: Path) -> N
         found = bytearray(8192)
         await node.read_into(size - 8192, found)
         assert not any(found)
+
+
+@pytest.mark.peer("qemu-img")
+@pytest.mark.parametrize("level", ["L1", "L2"])
+async def test_one_wild_offset_does_not_keep_others_from_being_flushed(tmp_path: Path, level: str) -> None:
+    path = create(tmp_path / "disk.qcow2", SIZE)
+    qemu_io(path, "write -P 1 64k 64k", f"write -P 1 {SIZE - 65536} 64k")
+    image = bytearray(path.read_bytes())
+    (l1,) = struct.unpack_from(">Q", image, 40)
+    (l2,) = struct.unpack_from(">Q", image, l1)
+    struct.pack_into(">Q", image, l1 if level == "L1" else l2 & ~COPIED, COPIED | 1 << 55)
+    path.write_bytes(image)
+    async with opened(path) as node:
+        await node.write(SIZE - 65536, b"a" * 512)
+        with pytest.raises(OSError, match=r"."):
+            await node.write(0, b"w" * 512)
+        await node.flush()
+        assert node.children["file"].child.size < 1 << 40
+    async with opened(path, OpenFlags(read_only=True)) as node:
+        found = bytearray(512)
+        await node.read_into(SIZE - 65536, found)
+        assert found == b"a" * 512

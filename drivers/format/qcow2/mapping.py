@@ -173,6 +173,10 @@ class Mapping:
             raise await self._file.corruption(
                 f"L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})"
             )
+        if offset >= self._file.node.size and not await self._refcounts.get(offset >> self.cluster_bits):
+            raise await self._file.corruption(
+                f"L2 table offset {offset:#x} behind the end of the file (L1 index: {l1_index:#x})"
+            )
 
     def _drop_one(self) -> bool:
         """Drop a clean slice that was not used for a while; False if all are dirty or pinned."""

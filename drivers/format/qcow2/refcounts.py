@@ -225,6 +225,11 @@ class Refcounts:
             raise await self._file.corruption(
                 f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})"
             )
+        if offset >= self._file.node.size:
+            # What is written there would make the file so long that it cannot be flushed.
+            raise await self._file.corruption(
+                f"Refblock offset {offset:#x} behind the end of the file (reftable index: {index:#x})"
+            )
         counts = unpack_counts(await self._file.read(offset, self._file.cluster_size), self.order)
         block = self.blocks.get(index)  # somebody else may have been faster
         if block is None:

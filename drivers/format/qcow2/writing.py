@@ -4,6 +4,7 @@ filled up with what they read as before; and compressed.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import trio
 
 from drivers.block.inline import write_now
 from drivers.crypto.cipher import in_turns
+from drivers.errors import RequestError
 from drivers.format.qcow2.compress import compress
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.layout import (
@@ -75,6 +77,7 @@ class Writer:
                 continue
             host, length = self._in_place(found, at, end)
             if length:
+                await self._check_behind_end(host + length)
                 await self._put(host, at, data[done : done + length])
             else:
                 length = await self._write_allocating(at, data[done:])
@@ -106,6 +109,14 @@ class Writer:
                 break  # a subcluster behind it is not allocated
             offset = stop
         return host, length
+
+    async def _check_behind_end(self, end: int) -> None:
+        """A file that ends before what is overwritten grows, if that cluster is in use: one wild offset
+        must not make it so long that it cannot be flushed."""
+        image = self._image
+        behind = end > image.data.size and not image.external
+        if behind and not await image.refcounts.get((end - 1) >> self._bits):
+            raise RequestError(errno.EIO, f"a cluster at {end - 1:#x} is not in use, and behind the end")
 
     def _owned(self, entry: int) -> bool:
         """Whether the entry leads to a host cluster that is its own. 0 is one only in a data file."""
