@@ -42,6 +42,7 @@ class LargeReads:
         spans = self._export.node.plain(offset, length)
         if spans is None or not self._resident(spans):
             return False
+        self._export.node.lend()
         one_chunk = len(spans) > 1 and (not self._replies.structured or bool(request.flags & _DF))
         async with self._sender.message():
             await self._send_spans(request, spans, one_chunk)

@@ -61,7 +61,7 @@ async def serve(
 @contextlib.asynccontextmanager
 async def opened_exports(settings: ServeSettings) -> AsyncIterator[list[NbdExport]]:
     """The exports of `settings`; in the end they are closed, the last first."""
-    graph = Graph(Catalog(), ObjectStore.of(settings.objects))
+    graph = Graph(Catalog(), ObjectStore.of(settings.objects), untrusted=settings.untrusted)
     async with contextlib.AsyncExitStack() as cleanup:
         exports: list[NbdExport] = []
         for wanted in settings.exports:

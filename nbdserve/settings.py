@@ -69,7 +69,8 @@ class ServeSettings:
     `shared` is how many clients may be connected at once, 0 for any number; without `persistent`
     the server ends with its last client. `handshake_limit` is in seconds, 0 for none. `run_command`
     is a shell command whose end ends the server. `pid_file` and all image names are relative to
-    the directory of the start. `objects` are what ObjectStore.add() takes, in order.
+    the directory of the start. `objects` are what ObjectStore.add() takes, in order. `untrusted`:
+    of the files that images name none is opened.
     """
 
     exports: tuple[ExportSettings, ...]
@@ -85,6 +86,7 @@ class ServeSettings:
     verbose: bool = False
     trace: TraceSettings = field(default_factory=TraceSettings)
     objects: tuple[Tree, ...] = ()
+    untrusted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

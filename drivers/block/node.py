@@ -96,6 +96,8 @@ class Node:
         self.parents: list[Edge] = []
         self.requests = RequestTracker()
         self.closed = False
+        # See lend().
+        self.lent = False
         # By name; those that are enabled are told of every write. See track() and untrack().
         self.bitmaps: dict[str, DirtyBitmap] = {}
         self._tracking: tuple[DirtyBitmap, ...] = ()
@@ -240,6 +242,15 @@ class Node:
         for below in hold.below:
             below.node.release(below)
         self.requests.finish(hold.request)
+
+    def lend(self) -> None:
+        """From now on the caller hands out pages of the page cache that hold this node's bytes, as
+        sendfile does. They show what is written to them later: who gives the place of some bytes to
+        others has to take care that these come to lie in other pages."""
+        if not self.lent:
+            self.lent = True
+            for edge in self.children.values():
+                edge.child.lend()
 
     # --- operations -------------------------------------------------------------------------
 

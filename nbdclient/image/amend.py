@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
 
     shown = "progress" in given and not given.quiet and not asked
     with ProgressReport("amend", shown=shown) as progress:
-        session.run(command, given.objects)
+        session.run(command, given.objects, untrusted=given.untrusted)
         progress.update(1.0)
     return 0
 

@@ -23,6 +23,8 @@ OUTPUT = Opt("output", takes_value=True)
 PROGRESS = Opt("progress", "p", exact=True)
 QUIET = Opt("quiet", "q", exact=True)
 SOURCE_CACHE = Opt("source-cache", "T", takes_value=True, exact=True)
+# Every subcommand has it.
+UNTRUSTED = Opt("untrusted", exact=True)
 
 
 @dataclass
@@ -57,6 +59,10 @@ class Given:
         return "quiet" in self.values
 
     @property
+    def untrusted(self) -> bool:
+        return "untrusted" in self.values
+
+    @property
     def objects(self) -> list[str]:
         return self.lists.get("object", [])
 
@@ -83,7 +89,7 @@ class Given:
 def parse(command: str, table: Iterable[Opt], arguments: Sequence[str]) -> Given:
     """Answers --help by itself. Raises UsageError."""
     given = Given()
-    for name, value in getopt((Opt("help", "h"), *table), arguments, command, given.operands):
+    for name, value in getopt((Opt("help", "h"), UNTRUSTED, *table), arguments, command, given.operands):
         if name == "help":
             from nbdclient.image.__main__ import show_help
 

@@ -67,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
     async def command(images: Images) -> None:
         await _bench(images, given, filename, load)
 
-    session.run(command)
+    session.run(command, untrusted=given.untrusted)
     return 0
 
 

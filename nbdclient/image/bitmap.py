@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     async def command(images: Images) -> None:
         await _act(images, given, actions, granularity)
 
-    session.run(command, given.objects)
+    session.run(command, given.objects, untrusted=given.untrusted)
     return 0
 
 

@@ -51,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
     async def command(images: Images) -> int:
         return await _check(images, given, filename, repair or "none", as_json=as_json)
 
-    return session.run(command, given.objects)
+    return session.run(command, given.objects, untrusted=given.untrusted)
 
 
 async def _check(images: Images, given: Given, filename: str, repair: str, *, as_json: bool) -> int:
@@ -65,7 +65,7 @@ async def _check(images: Images, given: Given, filename: str, repair: str, *, as
         given.format,
         image_opts=given.image_opts,
         force_share=given.force_share,
-        flags=replace(flags, discard=True, for_check=True),
+        flags=replace(flags, discard=True, for_check=True, no_backing=given.untrusted),
         needed=READING if repair == "none" else RESIZING,
     )
     failure: OSError | None = None

@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
         async def command(images: Images) -> None:
             await _commit(images, given, filename, rate, progress)
 
-        session.run(command, given.objects)
+        session.run(command, given.objects, untrusted=given.untrusted)
         progress.update(1.0)
     if not given.quiet:
         print("Image committed.")

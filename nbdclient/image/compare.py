@@ -51,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
         return await _compare(images, given)
 
     try:
-        return session.run(command, given.objects)
+        return session.run(command, given.objects, untrusted=given.untrusted)
     except OptionError as error:
         complain(str(error))
         return CANNOT_OPEN

@@ -105,7 +105,7 @@ def run(arguments: Sequence[str]) -> int:
         async def command(images: Images) -> None:
             await _convert(images, given, wishes, progress)
 
-        session.run(command, given.objects)
+        session.run(command, given.objects, untrusted=given.untrusted)
         progress.update(1.0)
     return 0
 

@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     async def command(images: Images) -> None:
         await _copy(images, given, operands, block, count, skip)
 
-    session.run(command, given.objects)
+    session.run(command, given.objects, untrusted=given.untrusted)
     return 0
 
 

@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     async def command(images: Images) -> list[Description]:
         return await _collect(images, given, filename)
 
-    found = session.run(command, given.objects)
+    found = session.run(command, given.objects, untrusted=given.untrusted)
     if not as_json:
         print("\n\n".join("\n".join(one.lines()) for one in found))
     elif "backing-chain" in given:
@@ -61,6 +61,8 @@ async def _collect(images: Images, given: Given, filename: str) -> list[Descript
         if "backing-chain" not in given or one.info.backing_filename is None:
             break
         name = one.full_backing_filename
+        if images.graph.untrusted:
+            raise OptionError(f"the image is not trusted, and names a backing file: '{name}'")
         if name is None:
             raise OptionError(
                 "Could not determine absolute backing filename, but backing filename "

@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     async def command(images: Images) -> None:
         await _map(images, given, filename, start, length, as_json=as_json)
 
-    session.run(command, given.objects)
+    session.run(command, given.objects, untrusted=given.untrusted)
     return 0
 
 

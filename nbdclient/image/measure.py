@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     async def command(images: Images) -> Measurement:
         return await _measure(images, given, size)
 
-    found = session.run(command, given.objects)
+    found = session.run(command, given.objects, untrusted=given.untrusted)
     _show(found, as_json=as_json)
     return 0
 

@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
         async def command(images: Images) -> None:
             await _rebase(images, given, filename, progress)
 
-        session.run(command, given.objects)
+        session.run(command, given.objects, untrusted=given.untrusted)
         progress.update(1.0)
     return 0
 

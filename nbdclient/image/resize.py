@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     async def command(images: Images) -> None:
         await _resize(images, given, sign, amount)
 
-    session.run(command, given.objects)
+    session.run(command, given.objects, untrusted=given.untrusted)
     return 0
 
 

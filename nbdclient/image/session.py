@@ -59,11 +59,13 @@ def warn(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def run(command: Callable[[Images], Awaitable[T]], objects: Sequence[str] = ()) -> T:
-    """Run `command` with its images."""
+def run(
+    command: Callable[[Images], Awaitable[T]], objects: Sequence[str] = (), *, untrusted: bool = False
+) -> T:
+    """Run `command` with its images; `untrusted`: of the files that they name none is opened."""
 
     async def body() -> T:
-        async with Images(objects) as images:
+        async with Images(objects, untrusted=untrusted) as images:
             return await command(images)
 
     return trio.run(body)
@@ -88,8 +90,8 @@ def _store(objects: Sequence[str]) -> ObjectStore | None:
 class Images:
     """Opens images; what is open at the end of the `async with` is closed."""
 
-    def __init__(self, objects: Sequence[str] = ()) -> None:
-        self.graph = Graph(Catalog(), _store(objects))
+    def __init__(self, objects: Sequence[str] = (), *, untrusted: bool = False) -> None:
+        self.graph = Graph(Catalog(), _store(objects), untrusted=untrusted)
         self._edges: list[Edge] = []
 
     async def __aenter__(self) -> Images:

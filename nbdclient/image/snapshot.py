@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     async def command(images: Images) -> None:
         await _act(images, given, filename, actions[0] if actions else "")
 
-    session.run(command, given.objects)
+    session.run(command, given.objects, untrusted=given.untrusted)
     return 0
 
 

@@ -37,6 +37,8 @@ What is exported:
 How the image is opened:
   -f, --format=FORMAT      format of FILE (raw, ...); found by probing if absent
       --image-opts         FILE is a list of options: driver=raw,file.filename=F
+      --untrusted          open no file that an image names (backing file, data
+                           file), only what is named here
   -r, --read-only          no client can write
   -s, --snapshot           writes go to a temporary file, lost at the end
   -l, --load-snapshot=SNAPSHOT

@@ -72,6 +72,7 @@ TABLE = (
     Opt("export", takes_value=True, exact=True),
     Opt("run", takes_value=True, exact=True),
     Opt("json", exact=True),
+    Opt("untrusted", exact=True),
     # Gone from qemu-nbd since 5.0; known here to say where it went.
     Opt("partition", "P", takes_value=True, exact=True),
 )
@@ -97,7 +98,7 @@ _OF_FILE = {"export-name", "description", "offset", "format", "bitmap", "load-sn
 # What describes FILE, and so has no place where another server's exports are listed.
 _PER_DEVICE = {
     *("export-name", "description", "offset", "format", "allocation-depth", "bitmap", "load-snapshot"),
-    *("connect", "disconnect", "aio", "discard", "cache", "export"),
+    *("connect", "disconnect", "aio", "discard", "cache", "export", "untrusted"),
 }
 
 
@@ -205,6 +206,8 @@ def _take(given: _Given, name: str, value: str) -> None:
             given.plain["run_command"] = value
         case "selinux-label":
             given.plain["selinux_label"] = value
+        case "untrusted":
+            given.plain["untrusted"] = True
         case "trace":
             given.trace = _trace(given.trace, value)
         case "partition":

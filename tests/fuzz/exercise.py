@@ -70,9 +70,10 @@ class Watch:
         return path.endswith((".py", ".pyc", ".so")) and path.startswith(self._own)
 
     @contextmanager
-    def over(self, directory: Path) -> Iterator[None]:
+    def over(self, directory: Path, *, only: Path | None = None) -> Iterator[None]:
+        """What is in `directory` may be opened; or `only` one file there."""
         self.strange.clear()
-        self.directory = os.path.realpath(directory)
+        self.directory = os.path.realpath(directory if only is None else only)
         try:
             yield
         finally:
@@ -103,24 +104,25 @@ def bounds() -> Iterator[None]:
 
 def run_case(case: Case, watch: Watch) -> None:
     """Raises what must not happen."""
-    for read_only in (True, False):
+    for read_only, untrusted in ((True, False), (False, False), (False, True)):
         with tempfile.TemporaryDirectory() as temporary:
             directory = Path(temporary)
             path = case.build(directory)
             descriptors = len(os.listdir("/proc/self/fd"))
-            with bounds(), watch.over(directory):
-                trio.run(_limited, case, path, OpenFlags(read_only=read_only, discard=True))
+            flags = OpenFlags(read_only=read_only, discard=True)
+            with bounds(), watch.over(directory, only=path if untrusted else None):
+                trio.run(_limited, case, path, flags, untrusted)
             if len(os.listdir("/proc/self/fd")) != descriptors:
                 raise Misbehaviour("it left files open")
 
 
-async def _limited(case: Case, path: Path, flags: OpenFlags) -> None:
+async def _limited(case: Case, path: Path, flags: OpenFlags, untrusted: bool) -> None:
     with trio.fail_after(SECONDS):
-        await _use(case, path, flags)
+        await _use(case, path, flags, untrusted)
 
 
-async def _use(case: Case, path: Path, flags: OpenFlags) -> None:
-    graph = Graph(Catalog())
+async def _use(case: Case, path: Path, flags: OpenFlags, untrusted: bool) -> None:
+    graph = Graph(Catalog(), untrusted=untrusted)
     tree: dict[str, Any] = {
         "driver": case.format.name,
         "file": {"driver": "file", "filename": str(path)},

@@ -104,12 +104,12 @@ class Image:
         self.metadata.mapping = self.mapping
         self.metadata.flush_data = self.flush_data
         self.metadata.discard_host = self.discard_host
-        self.mapping.on_free = self.metadata.free
+        self.mapping.on_free = self.refcounts.on_free = self.metadata.free
         self.mapping.on_load = self.clean_caches
         # When the caches were last cleaned.
         self._cleaned = trio.current_time()
-        # Called when compressed data are freed.
-        self.on_free_compressed: Callable[[], object] = lambda: None
+        # Called when compressed data are freed, or written.
+        self.on_changed_compressed: Callable[[], object] = lambda: None
 
     @property
     def header(self) -> Header:
@@ -147,15 +147,23 @@ class Image:
         await self.file.flush()
 
     async def discard_host(self, offset: int, length: int, why: str) -> None:
-        if self.options.passes_discard[why] and not self.external:
-            await self.file.node.discard(offset, min(length, max(0, self.file.node.size - offset)))
+        """These bytes of the image file are of no use any more."""
+        node = self.file.node
+        length = min(length, max(0, node.size - offset))
+        if self.external or not length:
+            return
+        if self.options.passes_discard[why] and node.flags.discard:
+            await node.discard(offset, length)
+        elif node.lent:
+            # What is written there next comes to lie in other pages than those that are on their way.
+            await node.write_zeroes(offset, length, may_unmap=False)
 
     def free_compressed(self, entry: int) -> None:
         """Drop a reference to a compressed cluster."""
         bits = self.file.cluster_bits
         offset, length = compressed_range(entry, bits)
         first, last = offset >> bits, (offset + length - 1) >> bits
-        self.on_free_compressed()
+        self.on_changed_compressed()
         self.metadata.free(first << bits, last - first + 1, "other")
 
     def crypt_sector(self, host: int, guest: int) -> int:

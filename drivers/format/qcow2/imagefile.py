@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+import trio
+
 from drivers.block.inline import read_now, write_now
 from drivers.block.node import Node
 from drivers.block.pace import Pace
@@ -49,6 +51,8 @@ class ImageFile:
         self.pace = Pace()
         # The image turned out to be damaged: nothing is written to it any more.
         self.corrupt = False
+        # One change of the header at a time, or the later would take back the earlier.
+        self._changing = trio.Lock()
         # What the host clusters with metadata hold, by cluster index: no data may be written there.
         self.owners: dict[int, str] = {}
         self.checks = checks
@@ -78,7 +82,23 @@ class ImageFile:
     async def update_header(self, **changes: Any) -> None:
         """Change fields of the header and write the sectors that this changes. Not durable before
         the next flush."""
-        await self.write_header(replace(self.header, **changes))
+        async with self._changing:
+            await self.write_header(replace(self.header, **changes))
+
+    async def switch_header(self, **changes: Any) -> None:
+        """Change fields of the header, durably. Where that fails it is what it was; if not even that is
+        certain, nothing is written to the image any more. It is not cancelled half way."""
+        before = self.header
+        with trio.CancelScope(shield=True):
+            try:
+                await self.update_header(**changes)
+                await self.flush()
+            except BaseException:
+                corrupt, self.corrupt = self.corrupt, True
+                await self.write_header(before)
+                await self.flush()
+                self.corrupt = corrupt
+                raise
 
     async def write_header(self, header: Header) -> None:
         new = header.build()
@@ -90,19 +110,6 @@ class ImageFile:
         if changed:
             await self.write(changed[0], new[changed[0] : changed[-1] + _SECTOR])
         self.header = header
-
-    async def switch_header(self, **changes: Any) -> None:
-        """Change fields of the header, durably. Where that fails it is what it was."""
-        before = self.header
-        try:
-            await self.update_header(**changes)
-            await self.flush()
-        except BaseException:
-            self.corrupt = True  # nothing may be written as long as it is not known which header is there
-            await self.write_header(before)
-            await self.flush()
-            self.corrupt = False
-            raise
 
     def _header_length(self) -> int:
         length = len(self.header.build())

@@ -179,6 +179,10 @@ class Mapping:
             raise await self._file.corruption(
                 f"L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})"
             )
+        if offset >= self._file.node.size and not await self._refcounts.get(offset >> self.cluster_bits):
+            raise await self._file.corruption(
+                f"L2 table offset {offset:#x} behind the end of the file (L1 index: {l1_index:#x})"
+            )
 
     def _drop_one(self) -> bool:
         """Drop a clean slice that was not used for a while; False if all are dirty or pinned."""
@@ -279,6 +283,15 @@ class Mapping:
             elif failed:
                 first = (write.offset - base) // 8
                 self.l1_dirty.update(range(first, first + len(write.data) // 8))
+
+    def next_mapped(self, first: int, last: int) -> int:
+        """The first guest cluster from `first` on in an L2 table that exists; `last` if there is none
+        before it."""
+        index, end = first >> self.l2_bits, (last - 1 >> self.l2_bits) + 1
+        if index < end and self.l1[index]:
+            return first
+        found = next((i for i in range(index, end) if self.l1[i]), None)
+        return last if found is None else max(first, found << self.l2_bits)
 
     def forget_table(self, l1_index: int) -> None:
         """The guest clusters of this L1 entry have no L2 table any more."""

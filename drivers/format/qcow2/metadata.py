@@ -12,6 +12,8 @@ is in use that nobody refers to.
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -25,6 +27,8 @@ from drivers.format.qcow2.refcounts import Block, Refcounts, neighbours, pack_co
 
 # So many dropped references wait at most before they are dealt with.
 MAX_FREED = 4096
+# Where so many wait for a request to end, they are sorted and joined.
+COMPACT = 16384
 
 
 class Freed(NamedTuple):
@@ -49,7 +53,10 @@ class Metadata:
         self.before_writing: Callable[[], Awaitable[None]] | None = None
         self._lock = trio.Lock()
         self._preparing = trio.Lock()
+        # What lost a reference since the last commit began; and before, the oldest first.
         self._freed: list[Freed] = []
+        self._dropped: deque[Freed] = deque()
+        self._compact_at = COMPACT
         self._requests = RequestTracker()
 
     refcounts: Refcounts
@@ -112,34 +119,54 @@ class Metadata:
                         block.dirty |= failed
                     if failed:
                         self._freed[:0] = freed
-                await self._drop(freed)
+                self._dropped.extend(freed)
+                await self._drop()
 
     async def _write_blocks(self, blocks: list[Block]) -> None:
         for block in blocks:
             await self.file.write(block.offset, pack_counts(block.counts))
 
-    async def _drop(self, freed: list[Freed]) -> None:
+    async def _drop(self) -> None:
         """Subtract the references of which nothing on disk is left. Those that a request may still
         be reading wait for the next time."""
         oldest = self._requests.oldest_active
-        waiting: list[Freed] = []
-        bits = self.file.cluster_bits
-        for item in freed:
-            if item.number >= oldest:
-                waiting.append(item)
-                continue
-            first = item.offset >> bits
-            last_reference = [
-                cluster
-                for cluster in range(first, first + item.clusters)
-                if await self.refcounts.get(cluster) == 1
-            ]
-            # Before they are free: afterwards they may be somebody else's at once.
-            for start, count in neighbours(last_reference):
-                self.file.release(start << bits, count << bits)
+        while self._dropped and self._dropped[0].number < oldest:
+            await self._subtract(self._dropped[0])
+            self._dropped.popleft()
+        if len(self._dropped) > self._compact_at:
+            self._compact()
+
+    async def _subtract(self, item: Freed) -> None:
+        bits, refcounts = self.file.cluster_bits, self.refcounts
+        first = item.offset >> bits
+        last_reference: list[int] = []
+        for cluster in range(first, first + item.clusters):
+            if await refcounts.get(cluster) == 1:
+                last_reference.append(cluster)
+                # Nothing may be added to it any more.
+                refcounts.close(cluster)
+        # Before they are free: afterwards they may be somebody else's at once.
+        for start, count in neighbours(last_reference):
+            self.file.release(start << bits, count << bits)
+            with contextlib.suppress(OSError):  # it is advice
                 await self.discard_host(start << bits, count << bits, item.why)
-            await self.refcounts.add(first, item.clusters, -1)
-        self._freed[:0] = waiting
+        await refcounts.add(first, item.clusters, -1)
+
+    def _compact(self) -> None:
+        """One long request can drop any number of references, and keeps all of them waiting. In the
+        order of the file most are neighbours."""
+        joined: list[Freed] = []
+        bits = self.file.cluster_bits
+        for item in sorted(self._dropped, key=lambda item: (item.why, item.offset)):
+            last = joined[-1] if joined else None
+            if last and last.why == item.why and last.offset + (last.clusters << bits) == item.offset:
+                number = max(last.number, item.number)
+                joined[-1] = Freed(last.offset, last.clusters + item.clusters, item.why, number)
+            else:
+                joined.append(item)
+        joined.sort(key=lambda item: item.number)
+        self._dropped = deque(joined)
+        self._compact_at = max(COMPACT, 2 * len(joined))
 
     async def mark_dirty(self) -> None:
         """Before the first write: what the file has to tell is told. With lazy refcounts those on
@@ -167,7 +194,7 @@ class Metadata:
         await self._commit(durable=True)
         # Now the references are dropped; these last refcounts need no order.
         was_lazy, self.lazy = self.lazy, False
-        if was_lazy or self._freed or any(block.dirty for block in self.refcounts.blocks.values()):
+        if was_lazy or self._dropped or any(block.dirty for block in self.refcounts.blocks.values()):
             await self._commit(durable=True)
         if was_lazy and self._dirty_marked:
             header = self.file.header

@@ -12,7 +12,7 @@ from drivers.block.opening import image_tree, open_options
 from drivers.errors import Error, ImageError, OptionError
 from drivers.format.qcow2.header import Header, parse_header
 from drivers.format.qcow2.imagefile import ImageFile
-from drivers.format.qcow2.layout import MAX_CLUSTER_BITS
+from drivers.format.qcow2.layout import MAX_CLUSTER_BITS, OFFSET_MASK
 from drivers.format.qcow2.refcounts import unpack_table
 from drivers.options.schema import Options, Tree
 
@@ -46,7 +46,12 @@ async def read_tables(file: ImageFile) -> tuple[array[int], array[int]]:
         if offset + length > file.node.size + header.cluster_size:
             raise ImageError(f"Could not read {name}: it lies behind the end of the file")
         tables.append(unpack_table(await file.read(offset, length)))
-    return tables[0], tables[1]
+    return without_empty(tables[0]), tables[1]
+
+
+def without_empty(l1: array[int]) -> array[int]:
+    """An L1 table whose entries are 0 where they lead nowhere, whatever flags they had."""
+    return array("Q", [entry if entry & OFFSET_MASK else 0 for entry in l1])
 
 
 async def open_data_file(context: OpenContext, options: Options, header: Header) -> Node | None:

@@ -33,9 +33,9 @@ class Reader:
         # Found out when block status is first asked for.
         self._sparse: bool | None = None
         self._inflated: dict[int, bytes] = {}
-        # Counts how often compressed data were freed: what is read meanwhile is not kept.
+        # Counts how often compressed data were freed or written: what is read meanwhile is not kept.
         self._generation = 0
-        image.on_free_compressed = self._forget_inflated
+        image.on_changed_compressed = self._forget_inflated
 
     # --- where the bytes lie plain ----------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from typing import NamedTuple, TypeAlias
 
 import trio
@@ -132,6 +132,9 @@ class Refcounts:
         self.open_cluster: int | None = None
         self._claim_table()
 
+    # Told of clusters that lost a reference: when that is durable, they are free.
+    on_free: Callable[[int, int, str], None]
+
     def _follow_width(self) -> None:
         file = self._file
         self.order = file.header.refcount_order
@@ -226,6 +229,11 @@ class Refcounts:
             raise await self._file.corruption(
                 f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})"
             )
+        if offset >= self._file.node.size:
+            # What is written there would make the file so long that it cannot be flushed.
+            raise await self._file.corruption(
+                f"Refblock offset {offset:#x} behind the end of the file (reftable index: {index:#x})"
+            )
         counts = unpack_counts(await self._file.read(offset, self._file.cluster_size), self.order)
         block = self.blocks.get(index)  # somebody else may have been faster
         if block is None:
@@ -319,6 +327,7 @@ class Refcounts:
                     if not 0 <= value + delta <= self.maximum:
                         raise await self._out_of_range(first + index - where.start, value, delta)
                 done.append((block, where, before))
+                block.pins += 1  # it stays the one that is known, if all this must be undone
                 block.dirty = True
                 for index, value in zip(where, before, strict=True):
                     block.counts[index] = value + delta
@@ -327,9 +336,13 @@ class Refcounts:
                     freed += [base + index for index in where if not block.counts[index]]
         except BaseException:
             for block, where, before in done:
+                block.dirty = True
                 for index, value in zip(where, before, strict=True):
                     block.counts[index] = value
             raise
+        finally:
+            for block, _, _ in done:
+                block.pins -= 1
         if freed:
             # The lowest free clusters are used first, so that the file stays small.
             if self._window < self._window_end:
@@ -339,6 +352,11 @@ class Refcounts:
             if self.open_cluster in freed:
                 self.open_cluster = None
         return freed
+
+    def close(self, cluster: int) -> None:
+        """No more compressed data are packed into this cluster."""
+        if self.open_cluster == cluster:
+            self.open_cluster = None
 
     async def lower(self, cluster: int, count: int) -> list[int]:
         """One reference less to each of these clusters that has several; the others."""
@@ -542,14 +560,13 @@ class Refcounts:
         await file.write(table_offset, pack_table(table))
         await file.flush()
         old_offset, old_clusters = file.header.refcount_table_offset, file.header.refcount_table_clusters
-        await file.update_header(refcount_table_offset=table_offset, refcount_table_clusters=clusters)
-        await file.flush()
+        await file.switch_header(refcount_table_offset=table_offset, refcount_table_clusters=clusters)
         file.release(old_offset, old_clusters << file.cluster_bits)
         self.table = table
         self.blocks.update(new)
         self.virgin = max(self.virgin, start + used)
         self._claim_table()
-        await self.add(old_offset >> file.cluster_bits, old_clusters, -1)
+        self.on_free(old_offset, old_clusters, "other")
 
 
 def _behind_last(table: array[int]) -> int:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 
-import trio
-
 from drivers.errors import RequestError
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK
@@ -32,12 +30,11 @@ async def grow_l1(image: Image, size: int) -> None:
         await file.write(run.offset, data + bytes(-len(data) % file.cluster_size))
         # The refcounts of the new table go with everything else that is dirty.
         await image.metadata.flush()
+        await file.switch_header(l1_table_offset=run.offset, l1_size=needed)
     except BaseException:
-        await image.refcounts.give_back(run)
+        if not file.corrupt:  # else nobody knows which table the header leads to
+            await image.refcounts.give_back(run)
         raise
-    with trio.CancelScope(shield=True):
-        await file.update_header(l1_table_offset=run.offset, l1_size=needed)
-        await file.flush()
     mapping.l1 = table
     file.claim(run.offset, needed * 8, "active-l1")
     if old_length:
@@ -64,6 +61,8 @@ async def resize(image: Image, unmapper: Unmapper, size: int) -> None:
     else:
         await grow_l1(image, size)
         await _hide(image, unmapper, size)
+        # Else a power cut may show what was hidden.
+        await image.metadata.flush()
         await file.update_header(size=size)
     if image.header.raw_data_file:
         await image.data.truncate(size)

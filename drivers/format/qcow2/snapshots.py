@@ -190,7 +190,7 @@ class Qcow2Snapshots:
                 await rewrite.finish(size=size, **await self._write_l1(rewrite, l1))
                 image.size = size
                 await self._became(self._entries, l1)
-                image.on_free_compressed()
+                image.on_changed_compressed()
             self._disk.became(size)
 
     async def _read_l1(self, entry: SnapshotEntry) -> array[int]:
@@ -227,7 +227,7 @@ class Qcow2Snapshots:
                 table = await self._write_entries(rewrite, rest)
                 await rewrite.finish(**table, **await self._write_l1(rewrite, l1))
                 await self._became(rest, l1)
-                image.on_free_compressed()
+                image.on_changed_compressed()
 
     async def _release(self, rewrite: Rewrite, l1: array[int]) -> None:
         """What `l1` leads to has one reference less."""

@@ -164,7 +164,13 @@ class Unmapper:
     async def _change(self, first: int, last: int, change: Change, why: str) -> None:
         """Apply `change` to the entries of the guest clusters from `first` up to `last`."""
         image, mapping = self._image, self._mapping
+        untouched = change(0, 0) == (0, 0)
         while first < last:
+            if untouched:
+                # A huge disk has almost nothing but tables that do not exist.
+                first = mapping.next_mapped(first, last)
+                if first == last:
+                    break
             stop = min(last, (first | mapping.slice_mask) + 1)
             async with image.busy.changing(first, stop - 1):
                 await self._change_slice(first, stop, change, why)

@@ -4,6 +4,7 @@ filled up with what they read as before; and compressed.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import trio
 
 from drivers.block.inline import write_now
 from drivers.crypto.cipher import in_turns
+from drivers.errors import RequestError
 from drivers.format.qcow2.compress import compress
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.layout import (
@@ -73,6 +75,7 @@ class Writer:
                 continue
             host, length = self._in_place(found, at, end)
             if length:
+                await self._check_behind_end(host + length)
                 await self.put(host, at, data[done : done + length])
             else:
                 length = await self._write_allocating(at, data[done:])
@@ -88,7 +91,7 @@ class Writer:
             index = (offset >> self._bits & mapping.slice_mask) * step
             entry = found.entries[index]
             here = (entry & OFFSET_MASK) + (offset & self._mask)
-            if not entry & COPIED or entry & COMPRESSED or entry & OFFSET_MASK & self._mask:
+            if not self._owned(entry) or entry & OFFSET_MASK & self._mask:
                 break
             stop = min(end, (offset | self._mask) + 1)
             if mapping.extended:
@@ -104,6 +107,20 @@ class Writer:
                 break  # a subcluster behind it is not allocated
             offset = stop
         return host, length
+
+    async def _check_behind_end(self, end: int) -> None:
+        """A file that ends before what is overwritten grows, if that cluster is in use: one wild offset
+        must not make it so long that it cannot be flushed."""
+        image = self._image
+        behind = end > image.data.size and not image.external
+        if behind and not await image.refcounts.get((end - 1) >> self._bits):
+            raise RequestError(errno.EIO, f"a cluster at {end - 1:#x} is not in use, and behind the end")
+
+    def _owned(self, entry: int) -> bool:
+        """Whether the entry leads to a host cluster that is its own. 0 is one only in a data file."""
+        if not entry & COPIED or entry & COMPRESSED:
+            return False
+        return bool(entry & OFFSET_MASK) or self._image.external
 
     def _allocated_until(self, bitmap: int, offset: int, stop: int) -> int:
         """Up to where, within the cluster and `stop`, the subclusters from `offset` on have data."""
@@ -178,7 +195,7 @@ class Writer:
         entry = entries[index]
         if not entry & COMPRESSED and entry & OFFSET_MASK & self._mask:
             raise await image.file.corruption(f"Cluster allocation offset {entry & OFFSET_MASK:#x} unaligned")
-        if image.external or (entry & COPIED and not entry & COMPRESSED):
+        if image.external or self._owned(entry):
             # A host cluster of its own: reserved, or given by the guest's offset.
             host = first << self._bits if image.external else entry & OFFSET_MASK
             return Target(first, 1, host, None, virgin=False, whole=False)
@@ -186,7 +203,7 @@ class Writer:
         count = 1
         while first + count <= last:
             other = entries[index + count * step]
-            if (other & COPIED and not other & COMPRESSED) or _has_data(other) != whole:
+            if self._owned(other) or _has_data(other) != whole:
                 break
             count += 1
         run = await image.refcounts.allocate(count, fewer=True)
@@ -292,6 +309,7 @@ class Writer:
                 index = (cluster & mapping.slice_mask) * mapping.step
                 old = found.entries[index]
                 found.entries[index] = compressed_entry(host, len(packed), self._bits)
+                image.on_changed_compressed()  # the same entry may have led to other data
                 if mapping.extended:
                     found.entries[index + 1] = 0
                 found.dirty = True
@@ -334,9 +352,10 @@ class Writer:
         refcounts = self._image.refcounts
         if refcounts.open_cluster != cluster or await refcounts.get(cluster) >= refcounts.maximum:
             return False
-        if refcounts.open_cluster != cluster:
-            return False
         await refcounts.add(cluster, 1, 1)
+        if refcounts.open_cluster != cluster:  # it was given up meanwhile
+            await refcounts.add(cluster, 1, -1)
+            return False
         return True
 
 
