@@ -80,7 +80,7 @@ class Copy:
         offload: bool,
         salvage: bool,
         in_order: bool,
-        progress: Callable[[float], object],
+        progress: Callable[[float], object] | None,
     ) -> None:
         self._sources = sources
         self._target = target
@@ -92,8 +92,10 @@ class Copy:
         self._salvage = salvage
         self._progress = progress
         self._total = sum(source.sectors for source in sources) * SECTOR
-        self._done = 0
-        minimum = max(sparse, target.compressed_cluster or 0)
+        # Bytes of data copied, and of all data (known only if progress is shown).
+        self._done = self._data = 0
+        # Only whole clusters are compressed or left out.
+        minimum = target.compressed_cluster or sparse
         self._minimum = minimum
         granule = 1 << minimum.bit_length() - 1 if minimum else SECTOR
         self._granule = max(granule, target.node.limits.request_alignment)
@@ -104,6 +106,8 @@ class Copy:
         """Raises OptionError."""
         if not self._target.is_zero and self._target.backing_size is None and self._sparse:
             await self._zero_beforehand()
+        if self._progress is not None:
+            self._data = sum([job.length async for job in self._jobs() if job.kind is Kind.DATA])
         jobs = self._jobs()
         lock = trio.Lock()
         async with trio.open_nursery() as nursery:
@@ -201,14 +205,18 @@ class Copy:
                     if buffer is None:
                         buffer = bytearray(STEP)
                     await self._copy_buffered(job, buffer)
+                self._tell(job.length)
             else:
                 await self._turn(job)
                 if job.kind is Kind.ZERO:
                     await self._zero(job.offset, job.length)
             if self._turns is not None:
                 self._turns.finish(job.number)
-            self._done += job.length
-            self._progress(self._done / self._total)
+
+    def _tell(self, length: int) -> None:
+        if self._progress is not None:
+            self._done += length
+            self._progress(self._done / self._data)
 
     async def _turn(self, job: Job) -> None:
         if self._turns is not None:
@@ -287,12 +295,11 @@ class Copy:
                 sector[:] = bytes(len(sector))
 
     async def _write(self, offset: int, buffer: bytearray, length: int) -> None:
-        if not self._sparse and self._target.compressed_cluster is None:
+        if not self._sparse:
             await self._put(offset, memoryview(buffer)[:length])
             return
-        done = 0
-        minimum = self._minimum if self._sparse else length + 1
-        for start, end in data_runs(buffer, length, granule=self._granule, minimum=minimum, phase=offset):
+        done, granule, minimum = 0, self._granule, self._minimum
+        for start, end in data_runs(buffer, length, granule=granule, minimum=minimum, phase=offset):
             if start > done:
                 await self._zero(offset + done, start - done)
             await self._put(offset + start, memoryview(buffer)[start:end])

@@ -55,7 +55,9 @@ async def _collect(images: Images, given: Given, filename: str) -> list[Descript
         node = await images.open(
             name, image_format, image_opts=image_opts, force_share=given.force_share, flags=flags, needed=NONE
         )
-        one = await describe(node, name, image_opts=image_opts)
+        by_options = image_opts or name.startswith("json:")
+        options = images.tree(name, image_format, image_opts, given.force_share) if by_options else None
+        one = await describe(node, name, options=options)
         await images.close(node)
         found.append(one)
         if "backing-chain" not in given or one.info.backing_filename is None:

@@ -28,6 +28,7 @@ from drivers.format.qcow2.layout import (
     L2_RESERVED,
     MAX_L1_BYTES,
     OFFSET_MASK,
+    SUBCLUSTERS,
     ZERO,
     compressed_range,
 )
@@ -290,7 +291,7 @@ class L2Visit:
                     f"{'Repairing' if self.census.repair else 'ERROR'} offset={offset:x}: Preallocated "
                     "cluster is not properly aligned; L2 entry corrupted."
                 )
-                if self.census.repair and await self._make_zero(index):
+                if self.census.repair and await self._make_zero(index, bitmap):
                     return
             else:
                 inspection.corrupt(
@@ -306,11 +307,12 @@ class L2Visit:
         if self.census.counts_data:
             inspection.count(offset, size)
 
-    async def _make_zero(self, index: int) -> bool:
-        """Have the entry read as zeroes, without a cluster."""
+    async def _make_zero(self, index: int, bitmap: int) -> bool:
+        """Have the entry read as zeroes without a cluster; subclusters that are not in use stay so."""
         words = self.census.entry_words
         at = index * words
-        new = array("Q", (0, ALL_ZERO) if words > 1 else (ZERO,))
+        zeroes = (bitmap | bitmap << SUBCLUSTERS) & ALL_ZERO
+        new = array("Q", (0, zeroes) if words > 1 else (ZERO,))
         if self.inspection.overlaps(self.offset + at * 8, len(new) * 8):
             self.inspection.report.check_errors += 1
             self.inspection.say("ERROR: Overlap check failed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -90,7 +90,7 @@ class Qcow2Node(ImageNode):
             file_node,
             header,
             checks=settings.overlap_checks if not flags.read_only else frozenset(),
-            on_corruption=lambda reason: _tell(context.name, "error", reason),
+            on_corruption=lambda reason: context.graph.tell(f"qcow2: {reason}"),
         )
         l1, refcount_table = await read_tables(file)
         snapshots = ([], 0) if flags.for_check else await read_snapshots(file)
@@ -105,7 +105,7 @@ class Qcow2Node(ImageNode):
             await node._repair_dirty()
         else:
             await node.snapshots.claim()
-        await node._load_bitmaps()
+        await node._load_bitmaps(context.graph.tell)
         if data is not None:
             await node.use("data-file", data)
         if backing is not None:
@@ -222,7 +222,7 @@ class Qcow2Node(ImageNode):
 
     # --- bitmaps ----------------------------------------------------------------------------
 
-    async def _load_bitmaps(self) -> None:
+    async def _load_bitmaps(self, tell: Callable[[str], object]) -> None:
         try:
             await self.stored_bitmaps.load()
         except ImageError as error:
@@ -231,7 +231,7 @@ class Qcow2Node(ImageNode):
             # The disk can be read without them.
             for name in list(self.bitmaps):
                 self.untrack(name)
-            _tell(self.name, "warning", f"The bitmaps cannot be used: {error}")
+            tell(f"qcow2: the bitmaps cannot be used: {error}")
         if self.stored_bitmaps.to_prepare and not self.flags.read_only:
             self.image.metadata.before_writing = self._prepare
             self._plain_write = self._nothing_plain  # type: ignore[method-assign]
@@ -282,6 +282,8 @@ class Qcow2Node(ImageNode):
         async with self.alone():
             if not self.flags.read_only and not image.file.corrupt:
                 await image.metadata.finish()
+            if repair is not Repair.NONE:
+                await self.stored_bitmaps.clear_unknown()
             report, header = await check(image.file.node, image.header, repair)
             if repair is not Repair.NONE:
                 await self._read_anew(header)
@@ -326,9 +328,3 @@ class Qcow2Node(ImageNode):
             await image.metadata.mark_dirty()
             await self._unmapper.forget(0, -(-self.size // image.file.cluster_size))
             await image.metadata.flush()
-
-
-def _tell(name: str, level: str, problem: str) -> None:
-    import structlog  # takes as long to import as all else of a short command
-
-    getattr(structlog.get_logger(), level)("qcow2", image=name, problem=problem)

@@ -16,6 +16,7 @@ from drivers.errors import RequestError
 from drivers.format.qcow2.header import Header, Incompatible
 
 _SECTOR = 512
+_ONCE = "further corruption events will be suppressed"
 
 # The kinds of metadata, by the names of the overlap checks, and what messages call them.
 OWNERS = {
@@ -158,9 +159,13 @@ class ImageFile:
         if not self.corrupt:
             self.corrupt = True
             if self.header.version >= 3 and not self.node.flags.read_only:
-                self._on_corruption(f"Marking image as corrupt: {reason}")
+                self._on_corruption(
+                    f"Marking image as corrupt: {reason}; further corruption events will be suppressed"
+                )
                 await self.update_header(incompatible=self.header.incompatible | Incompatible.CORRUPT)
                 await self.flush()
             else:
-                self._on_corruption(f"Image is corrupt: {reason}")
+                self._on_corruption(
+                    f"Image is corrupt: {reason}; further corruption events will be suppressed"
+                )
         return RequestError(errno.EIO, reason)

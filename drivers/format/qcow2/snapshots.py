@@ -194,14 +194,13 @@ class Qcow2Snapshots:
             self._disk.became(size)
 
     async def _read_l1(self, entry: SnapshotEntry) -> array[int]:
-        """The L1 table of a snapshot, as long as its disk needs it: behind that may be the state of a
-        virtual machine. Without COPIED flags."""
+        """The L1 table of a snapshot, without COPIED flags. Behind what its disk needs there may be the
+        state of a virtual machine, which stays readable there until the image is resized."""
         image = self._image
         needed = max(1, image.header.needed_l1_size(entry.disk_size))
         if needed * 8 > MAX_L1_BYTES:
             raise ImageError("Snapshot disk size is too large")
-        whole = await self._read_whole_l1(entry)
-        l1 = array("Q", [at & WITHOUT_COPIED for at in whole[:needed]])
+        l1 = array("Q", [at & WITHOUT_COPIED for at in await self._read_whole_l1(entry)])
         l1.extend([0] * (needed - len(l1)))
         return l1
 
