@@ -59,7 +59,7 @@ def copy_detecting(
         while position < end:
             # The steps end with granules, so that none is looked at in halves.
             size = min(step - (phase + position) % granule, end - position)
-            _read(source_fd, source_offset, view[:size], position)
+            read(source_fd, source_offset, view[:size], position)
             done = 0
             runs = data_runs(buffer, size, granule=granule, minimum=minimum, phase=phase + position)
             for run_start, run_end in runs:
@@ -106,15 +106,15 @@ def _through_buffer(
     view = memoryview(bytearray(min(BUFFER, length)))
     for done in range(0, length, BUFFER):
         part = view[: min(BUFFER, length - done)]
-        if source_fd >= 0:
-            _read(source_fd, source_offset + done, part, position + done)
+        read(source_fd, source_offset + done, part, position + done)
         _write(target_fd, target_offset + done, part, position + done)
 
 
-def _read(fd: int, offset: int, buffer: memoryview, position: int) -> None:
+def read(fd: int, offset: int, buffer: memoryview, position: int) -> None:
+    """Fill `buffer`, which is for `position` in the copy. Raises CopyError."""
     while buffer:
         try:
-            got = os.preadv(fd, [buffer], offset)
+            got = os.preadv(fd, [buffer], offset) if fd >= 0 else 0
         except OSError as error:
             raise CopyError("reading", position, error) from None
         if not got:
@@ -123,6 +123,16 @@ def _read(fd: int, offset: int, buffer: memoryview, position: int) -> None:
         buffer = buffer[got:]
         offset += got
         position += got
+
+
+def write_spans(spans: Sequence[Span], data: memoryview) -> None:
+    """Raises OSError."""
+    for fd, offset, length in spans:
+        part, data = data[:length], data[length:]
+        while part:
+            put = os.pwrite(fd, part, offset)
+            part = part[put:]
+            offset += put
 
 
 def _write(fd: int, offset: int, data: memoryview, position: int) -> None:
