@@ -43,7 +43,7 @@ async def _collect(images: Images, given: Given, filename: str) -> list[Descript
     from drivers.block.permission import NONE
     from nbdclient.image.description import describe
 
-    flags = replace(OpenFlags(), no_backing=True)
+    flags = replace(OpenFlags(), no_backing=True, for_info=True)
     found: list[Description] = []
     seen: set[str] = set()
     name: str | None = filename

@@ -30,6 +30,7 @@ from drivers.format.qcow2.layout import (
     OFFSET_MASK,
 )
 from drivers.format.qcow2.refcounts import Run, pack_table, unpack_table
+from drivers.format.qcow2.rewriting import Rewrite
 
 # All bitmaps of an image together take up so many bytes of memory at most.
 MAX_LOADED_BYTES = 1 << 30
@@ -192,6 +193,24 @@ class StoredBitmaps:
                 await self._replace(rest, [], [self._entries[name]])
             self._digests.pop(name, None)
         self._node.untrack(name)
+
+    async def release_all(self, rewrite: Rewrite) -> dict[str, Any]:
+        """Give up what all of them take up in the file; the header's fields without them."""
+        extension = self._image.header.bitmaps
+        if extension is not None:
+            for entry in self._entries.values():
+                for piece in await self._clusters(entry):
+                    await rewrite.release(*piece)
+            await rewrite.release(extension.directory_offset, extension.directory_size)
+        return {"bitmaps": None}
+
+    def forget_all(self) -> None:
+        """The file has none of them any more."""
+        for bitmap in list(self._node.bitmaps.values()):
+            if bitmap.persistent:
+                self._node.untrack(bitmap.name)
+        self._entries.clear()
+        self._digests.clear()
 
     # --- storing ----------------------------------------------------------------------------
 

@@ -91,6 +91,19 @@ class ImageFile:
             await self.write(changed[0], new[changed[0] : changed[-1] + _SECTOR])
         self.header = header
 
+    async def switch_header(self, **changes: Any) -> None:
+        """Change fields of the header, durably. Where that fails it is what it was."""
+        before = self.header
+        try:
+            await self.update_header(**changes)
+            await self.flush()
+        except BaseException:
+            self.corrupt = True  # nothing may be written as long as it is not known which header is there
+            await self.write_header(before)
+            await self.flush()
+            self.corrupt = False
+            raise
+
     def _header_length(self) -> int:
         length = len(self.header.build())
         return length + -length % _SECTOR

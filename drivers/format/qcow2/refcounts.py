@@ -123,11 +123,7 @@ class Refcounts:
     def __init__(self, file: ImageFile, table: array[int], *, cache_size: int) -> None:
         self._file = file
         self.table = table
-        self.order = file.header.refcount_order
-        self.maximum = (1 << (1 << self.order)) - 1
-        # log2 of the clusters that a block covers.
-        self.block_bits = file.cluster_bits + 3 - self.order
-        self._block_mask = (1 << self.block_bits) - 1
+        self._follow_width()
         self.blocks: dict[int, Block] = {}
         self._cache_blocks = max(4, cache_size >> file.cluster_bits)
         self._lock = trio.Lock()
@@ -141,6 +137,14 @@ class Refcounts:
         # The cluster that compressed data are being packed into; None once it is free again.
         self.open_cluster: int | None = None
         self._claim_table()
+
+    def _follow_width(self) -> None:
+        file = self._file
+        self.order = file.header.refcount_order
+        self.maximum = (1 << (1 << self.order)) - 1
+        # log2 of the clusters that a block covers.
+        self.block_bits = file.cluster_bits + 3 - self.order
+        self._block_mask = (1 << self.block_bits) - 1
 
     def _claim_table(self) -> None:
         file, header = self._file, self._file.header
@@ -246,6 +250,13 @@ class Refcounts:
                 block.used = False
                 self.blocks[index] = block
 
+    def drop_unused(self) -> None:
+        """Drop the clean blocks that were not used since this was last called."""
+        for index, block in list(self.blocks.items()):
+            if not (block.dirty or block.pins or block.used):
+                del self.blocks[index]
+            block.used = False
+
     def take_dirty(self) -> list[Block]:
         """The blocks to write, pinned until written() or failed()."""
         dirty = [block for block in self.blocks.values() if block.dirty]
@@ -260,10 +271,22 @@ class Refcounts:
         self._window = self._window_end = self._cursor = 0
         self.open_cluster = None
 
+    def replace(self, table: array[int], table_offset: int) -> None:
+        """Another table, which the header names already and whose counts may have another width, takes
+        the place of the one at `table_offset`."""
+        file = self._file
+        file.release(table_offset, max(1, len(self.table) * 8))
+        for entry in self.table:
+            if offset := entry & REFCOUNT_OFFSET_MASK:
+                file.release(offset, 1)
+        self.read_anew(table)
+
     def read_anew(self, table: array[int]) -> None:
         """The file was changed: this is its table now, and nobody has claimed any metadata."""
         self.drop()
         self.table = table
+        self._follow_width()
+        self.virgin = max(self.virgin, -(-self._file.node.size // self._file.cluster_size))
         self._claim_table()
 
     # --- counting ---------------------------------------------------------------------------

@@ -47,16 +47,7 @@ class Rewrite:
         image, file, refcounts = self._image, self._image.file, self._image.refcounts
         rewritten = await refcounts.rewrite(self._freed)
         await file.flush()
-        before = file.header
-        try:
-            await file.update_header(**header, refcount_table_offset=rewritten.run.offset)
-            await file.flush()
-        except BaseException:
-            file.corrupt = True  # nothing may be written as long as it is not known which header is there
-            await file.write_header(before)
-            await file.flush()
-            file.corrupt = False
-            raise
+        await file.switch_header(**header, refcount_table_offset=rewritten.run.offset)
         refcounts.adopt(rewritten)
         with contextlib.suppress(OSError):  # it is advice
             for first, count in neighbours(rewritten.free):

@@ -225,9 +225,10 @@ class FileNode(Node):
         if self._aio is not None:
             await self._aio.stop()
             await self._run(self._aio.close)
-        if self._grown:
+        try:
             await self._run(self._settle)
-        await self._run(self._file.close)
+        finally:
+            await self._run(self._file.close)
 
     async def _permissions_changed(self, needed: Permission, shared: Permission, /) -> None:
         if self._locks is not None:
