@@ -24,6 +24,7 @@ from drivers.format.qcow2.layout import (
     ZERO,
 )
 from drivers.format.qcow2.refcounts import Refcounts, pack_table, unpack_table
+from drivers.format.qcow2.stretches import stretch_end
 
 # What a run of guest bytes is. HOLE: the backing file shows, or zeroes. RESERVED: a hole, too, with
 # a host cluster of its own (extended entries only). ZEROED: zeroes; RESERVED_ZERO: with a cluster.
@@ -337,13 +338,29 @@ class Mapping:
                 _append(out, HOLE, 0, stop - offset)
                 offset = stop
                 continue
-            describe = self._extended if self.extended else self._standard
             while offset < stop:
-                inside = offset & mask
-                length = min(stop - offset, self.cluster_size - inside)
-                describe(entries, offset >> bits & self.slice_mask, inside, length, out)
+                inside, index = offset & mask, offset >> bits & self.slice_mask
+                length = self.cluster_size - inside
+                if self.extended:
+                    length = min(stop - offset, length)
+                    self._extended(entries, index, inside, length, out)
+                else:
+                    if offset + length < stop:
+                        last = stop - 1 >> bits & self.slice_mask
+                        length += self._followers(entries, index, last + 1) << bits
+                    length = min(stop - offset, length)
+                    self._standard(entries, index, inside, length, out)
                 offset += length
         return end
+
+    def _followers(self, entries: array[int], index: int, end: int) -> int:
+        """How many entries, up to `end`, certainly go on where this one ends."""
+        entry = entries[index]
+        host = entry & OFFSET_MASK
+        if entry & COMPRESSED or host + (end - index << self.cluster_bits) > OFFSET_MASK:
+            return 0
+        has_host = host or (self._data_file and entry & COPIED)
+        return stretch_end(entries, index, end, self.cluster_size if has_host else 0) - index - 1
 
     def _standard(self, entries: array[int], index: int, inside: int, length: int, out: list[Piece]) -> None:
         entry = entries[index]
