@@ -175,7 +175,9 @@ async def complete_backing(
     if backing is not None and not unchecked:
         path = resolve_backing(image.filename, backing)
         try:
-            node = await open_image(image.graph, path, backing_format, OpenFlags(read_only=True), warn=warn)
+            # Its size is all that matters: the key of an encrypted one is not asked for.
+            flags = OpenFlags(read_only=True, for_info=True)
+            node = await open_image(image.graph, path, backing_format, flags, warn=warn)
         except Error as error:
             raise OptionError(f"{error}\nCould not open backing image.") from None
         try:

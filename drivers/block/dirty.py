@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 from drivers.errors import OptionError
 
@@ -10,8 +11,8 @@ MIN_GRANULARITY = 1 << 9
 MAX_GRANULARITY = 1 << 31
 DEFAULT_GRANULARITY = 64 << 10
 MAX_NAME = 1023
-# A bitmap of more bytes than this is refused: 1 TiB of image at 512 bytes a bit.
-MAX_BITMAP_BYTES = 256 << 20
+# A bitmap of more bytes than this is refused: 2 TiB of image at 512 bytes a bit.
+MAX_BITMAP_BYTES = 512 << 20
 
 
 class DirtyBitmap:
@@ -34,14 +35,26 @@ class DirtyBitmap:
         self.persistent = False
         self.inconsistent = False
         self.busy = False
-        count = self.bit_count
-        if (count + 7) // 8 > MAX_BITMAP_BYTES:
+        if self.byte_count > MAX_BITMAP_BYTES:
             raise OptionError(f"bitmap '{name}' would be too large; use a coarser granularity")
-        self.bits = bytearray((count + 7) // 8)
 
     @property
     def bit_count(self) -> int:
         return (self.size + self.granularity - 1) >> self.shift
+
+    @property
+    def byte_count(self) -> int:
+        return (self.bit_count + 7) // 8
+
+    @cached_property
+    def bits(self) -> bytearray:
+        """Made when something becomes dirty: a bitmap that is all clean takes no memory."""
+        return bytearray(self.byte_count)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether it is clean and has no memory yet."""
+        return "bits" not in self.__dict__
 
     def mark(self, offset: int, length: int) -> None:
         """Every granule that the range touches is dirty."""
@@ -49,7 +62,7 @@ class DirtyBitmap:
             self._fill(offset >> self.shift, ((offset + length - 1) >> self.shift) + 1, value=True)
 
     def clear(self) -> None:
-        self.bits[:] = bytes(len(self.bits))
+        self.__dict__.pop("bits", None)
 
     def merge(self, other: DirtyBitmap) -> None:
         """What is dirty in `other`, of a node of the same size, is dirty here too."""
@@ -58,6 +71,8 @@ class DirtyBitmap:
                 f"Bitmaps are of different sizes (destination size is {self.size} and source size is "
                 f"{other.size}) and can't be merged"
             )
+        if other.untouched:
+            return
         if other.granularity == self.granularity:
             joined = int.from_bytes(self.bits, "little") | int.from_bytes(other.bits, "little")
             self.bits[:] = joined.to_bytes(len(self.bits), "little")
@@ -67,11 +82,14 @@ class DirtyBitmap:
 
     def resize(self, size: int) -> None:
         """The node is `size` bytes now; what is new is clean."""
+        if self.untouched:
+            self.size = size
+            return
         if size < self.size:
             keep = (size + self.granularity - 1) >> self.shift
             self._fill(keep, self.bit_count, value=False)
         self.size = size
-        count = (self.bit_count + 7) // 8
+        count = self.byte_count
         del self.bits[count:]
         self.bits.extend(bytes(count - len(self.bits)))
 
@@ -90,6 +108,9 @@ class DirtyBitmap:
     def runs(self, offset: int, length: int) -> Iterator[tuple[int, bool]]:
         """(bytes, is dirty) of the neighbouring runs that make up the range."""
         end = offset + length
+        if self.untouched and length:
+            yield length, False
+            return
         while offset < end:
             bit = offset >> self.shift
             dirty = bool(self.bits[bit >> 3] >> (bit & 7) & 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -95,15 +96,21 @@ class Graph:
     shared between two graphs.
 
     `untrusted`: what an image itself names (a backing file, a data file) is not opened; only what
-    the user named is.
+    the user named is. `tell` is given the lines about damaged images that a person must see.
     """
 
     def __init__(
-        self, catalog: DriverCatalog, objects: ObjectStore | None = None, *, untrusted: bool = False
+        self,
+        catalog: DriverCatalog,
+        objects: ObjectStore | None = None,
+        *,
+        untrusted: bool = False,
+        tell: Callable[[str], object] = lambda line: print(line, file=sys.stderr),
     ) -> None:
         self.catalog = catalog
         self.objects = ObjectStore() if objects is None else objects
         self.untrusted = untrusted
+        self.tell = tell
         self.nodes: dict[str, Node] = {}
         self._numbers = itertools.count()
 

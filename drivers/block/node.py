@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Literal, NamedTuple
@@ -49,7 +50,9 @@ class OpenFlags:
     reach storage, `detect_zeroes` turns written zeroes into write_zeroes (and with "unmap" into
     holes). `auto_read_only` falls back to read-only where writing is not possible. `force_share`
     opens read-only beside a writer. `no_backing` leaves the backing file alone, whatever the image names;
-    `for_check` opens what is to be checked or repaired: neither damage nor a dirty mark is in its way.
+    `for_check` opens what is to be checked or repaired: neither damage nor a dirty mark is in its way;
+    `for_info` what is only to be described: guest data are neither read nor written. So both go without
+    the key of an encrypted image; `for_info` does not even look at it.
     """
 
     read_only: bool = False
@@ -61,6 +64,7 @@ class OpenFlags:
     detect_zeroes: Literal["off", "on", "unmap"] = "off"
     no_backing: bool = False
     for_check: bool = False
+    for_info: bool = False
 
 
 class Hold(NamedTuple):
@@ -409,13 +413,13 @@ class Node:
                 finally:
                     self.closed = True
                     self.requests.guarded += 1  # for good: the fast path asks for nothing else
-                    try:
-                        await self._close()
-                    finally:
-                        for edge in reversed(list(self.children.values())):
-                            await edge.detach()
+                    # Each of these is done, whichever of them fails.
+                    async with AsyncExitStack() as stack:
                         for callback in self._close_callbacks:
-                            callback()
+                            stack.callback(callback)
+                        for edge in self.children.values():
+                            stack.push_async_callback(edge.detach)
+                        await self._close()
 
     def on_close(self, callback: Callable[[], object]) -> None:
         """Have `callback` called once the node is closed."""

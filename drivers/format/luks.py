@@ -22,8 +22,8 @@ from drivers.block.pace import Pace
 from drivers.block.permission import Permission
 from drivers.crypto.cipher import in_turns
 from drivers.crypto.luks import volume
-from drivers.crypto.luks.layout import SECTOR, header_area
-from drivers.crypto.luks.volume import Volume, unlock
+from drivers.crypto.luks.layout import SECTOR, Header, header_area
+from drivers.crypto.luks.volume import Volume, read_header, unlock
 from drivers.errors import OptionError, RequestError
 from drivers.objects.encryption import amend_slots, describe, password_of, take_encryption
 from drivers.objects.store import ObjectStore
@@ -50,25 +50,37 @@ class LuksNode(ImageNode):
         CreateOption("iter-time", "number", "Time to spend in PBKDF in milliseconds"),
     )
 
+    amend_options = (
+        CreateOption("iter-time", "number", "Time to spend in PBKDF in milliseconds"),
+        CreateOption("keyslot", "number", "Select a single keyslot to modify explicitly"),
+        CreateOption(
+            "new-secret", "string", "New secret to set in the matching keyslots. Empty string to erase"
+        ),
+        CreateOption("old-secret", "string", "Select all keyslots that match this password"),
+        CreateOption("state", "string", "Select new state of affected keyslots (active/inactive)"),
+    )
+
     def __init__(
         self,
         child: Node,
-        unlocked: Volume,
+        header: Header,
+        unlocked: Volume | None,
         objects: ObjectStore,
         *,
         flags: OpenFlags,
         payload_offset: int,
         name: str = "",
     ) -> None:
-        """`objects` has the secrets that amend() is told of. The caller attaches the child."""
+        """`unlocked` is None where no guest data are to be read or written. `objects` has the secrets
+        that amend() is told of. The caller attaches the child."""
         if child.size < payload_offset:
             raise OptionError("The image ends before its LUKS payload begins")
         # The last sector is whole, though the file may end within it.
         size = -(-(child.size - payload_offset) // SECTOR) * SECTOR
         super().__init__(flags=flags, size=size, limits=Limits(request_alignment=SECTOR), name=name)
         self._child = child
+        self._header = header
         self._volume = unlocked
-        self._cipher = unlocked.cipher
         self._objects = objects
         self._pace = Pace()
         self._payload = payload_offset
@@ -78,17 +90,23 @@ class LuksNode(ImageNode):
         child = await context.child(options)
         header_child = await context.child(options, "header") if "header" in options else None
         objects = context.graph.objects
-        password = password_of(options.string("key-secret", None), objects)
+        key_secret = options.string("key-secret", None)
         flags = context.flags
         if child.flags.read_only and flags.auto_read_only:
             flags = replace(flags, read_only=True)
-        if header_child is None:
-            unlocked = await unlock(NodeArea(child), password)
-            payload_offset = unlocked.payload_offset
+        area, area_bytes = NodeArea(child), None
+        if header_child is not None:
+            area, area_bytes = NodeArea(header_child), header_child.size
+        unlocked = None
+        if flags.for_info:
+            header = await read_header(area, area_bytes=area_bytes)
         else:
-            unlocked = await unlock(NodeArea(header_child), password, area_bytes=header_child.size)
-            payload_offset = 0
-        node = cls(child, unlocked, objects, flags=flags, payload_offset=payload_offset, name=context.name)
+            unlocked = await unlock(area, password_of(key_secret, objects), area_bytes=area_bytes)
+            header = unlocked.header
+        payload_offset = header.payload_offset if header_child is None else 0
+        node = cls(
+            child, header, unlocked, objects, flags=flags, payload_offset=payload_offset, name=context.name
+        )
         await node.use("file", child)
         if header_child is not None:
             await node.use("header", header_child)
@@ -102,22 +120,29 @@ class LuksNode(ImageNode):
 
     # --- requests ---------------------------------------------------------------------------
 
+    def _unlocked(self) -> Volume:
+        if self._volume is None:
+            raise RequestError(errno.EACCES, "the image was opened without its key")
+        return self._volume
+
     async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
+        cipher = self._unlocked().cipher
         # What a file that ends within a sector lacks of it reads as zeroes, before it is decrypted.
         present = min(len(buffer), self._child.size - self._payload - offset)
         if not read_now(self._child, self._payload + offset, buffer[:present]):
             await self._child.read_into(self._payload + offset, buffer[:present])
         if present < len(buffer):
             buffer[present:] = bytes(len(buffer) - present)
-        await in_turns(self._cipher.decrypt, offset // SECTOR, buffer)
+        await in_turns(cipher.decrypt, offset // SECTOR, buffer)
 
     async def _write(self, offset: int, data: memoryview, /, *, fua: bool) -> None:
+        cipher = self._unlocked().cipher
         end = self._payload + offset + len(data)
         if end > self._child.size and not self._child.grow(end):
             await self._child.truncate(end)
         for start in range(0, len(data), _COPY_BYTES):
             copy = memoryview(bytearray(data[start : start + _COPY_BYTES]))
-            await in_turns(self._cipher.encrypt, (offset + start) // SECTOR, copy)
+            await in_turns(cipher.encrypt, (offset + start) // SECTOR, copy)
             at = self._payload + offset + start
             if fua or not write_now(self._child, at, copy, self._pace):
                 await self._child.write(at, copy, fua=fua)
@@ -162,10 +187,12 @@ class LuksNode(ImageNode):
         return Measurement(whole, whole)
 
     async def info(self) -> ImageInfo:
-        return ImageInfo(encrypted=True, specific=describe(self._volume.header))
+        return ImageInfo(
+            encrypted=True, specific=describe(self._volume.header if self._volume else self._header)
+        )
 
     async def amend(
         self, options: Options, /, *, progress: Progress | None = None, force: bool = False
     ) -> None:
         """With `force`, or "force" among the options, what makes the image unreadable for ever, too."""
-        await amend_slots(self._volume, options, self._objects, force=options.boolean("force", force))
+        await amend_slots(self._unlocked(), options, self._objects, force=options.boolean("force", force))

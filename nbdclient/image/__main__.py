@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         # File names may be any bytes.
         stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    # As C programs have it, whatever PYTHONUNBUFFERED says: see complain().
+    sys.stdout.reconfigure(write_through=False, line_buffering=sys.stdout.isatty())  # type: ignore[union-attr]
     try:
         status = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -109,8 +111,8 @@ def in_words(error: BaseException) -> str:
 
 
 def complain(message: str) -> None:
-    """On standard error, behind what was printed before it."""
-    sys.stdout.flush()
+    """On standard error. Where both outputs go to one pipe, what was printed comes behind that, as
+    scripts know it from qemu-img."""
     print(f"{PROGRAM}: {message}", file=sys.stderr)
 
 

@@ -12,6 +12,7 @@ from nbdclient.image.arguments import CACHE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET
 
 if TYPE_CHECKING:
     from drivers.block.node import Node
+    from drivers.options.schema import Tree
     from nbdclient.image.progress import ProgressReport
     from nbdclient.image.session import Images
 
@@ -54,12 +55,15 @@ async def _commit(
     top = await images.open(filename, given.format, image_opts=given.image_opts, flags=flags, needed=WRITING)
     layers = await _layers(top, filename, given.get("base"))
     names = [_name_of(layer) for layer in layers]
+    options = _options(images.tree(filename, given.format, given.image_opts), len(layers))
     await images.close(top)
     # The base is written to, so nobody above may have it for a backing file meanwhile.
-    base = await images.open(names[-1], layers[-1].driver_name, flags=flags, needed=RESIZING)
+    base = await images.open(
+        names[-1], layers[-1].driver_name, flags=flags, needed=RESIZING, options=options[-1]
+    )
     above: Node | None = None
-    for name, layer in zip(reversed(names[1:-1]), reversed(layers[1:-1]), strict=True):
-        above = await images.open_over(name, layer.driver_name, above)
+    for index in reversed(range(1, len(layers) - 1)):
+        above = await images.open_over(names[index], layers[index].driver_name, above, options=options[index])
     top = await images.open_over(
         filename, given.format, above, image_opts=given.image_opts, flags=flags, needed=WRITING
     )
@@ -70,6 +74,15 @@ async def _commit(
             await top.make_empty()
         except (Error, OSError) as error:
             raise OptionError(f"Could not empty {filename}: {error}") from None
+
+
+def _options(tree: Tree, count: int) -> list[Tree]:
+    """Of the options that the top image is opened with those that are of each layer."""
+    found = [tree]
+    while len(found) < count:
+        below = found[-1].get("backing")
+        found.append(below if isinstance(below, dict) else {})
+    return found
 
 
 async def _layers(top: Node, filename: str, base: str | None) -> list[Node]:

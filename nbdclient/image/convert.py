@@ -27,6 +27,7 @@ from nbdclient.image.arguments import (
 if TYPE_CHECKING:
     from drivers.block.creating import NewImage
     from drivers.block.node import Node
+    from drivers.options.schema import Tree
     from nbdclient.image.copying import Source
     from nbdclient.image.progress import ProgressReport
     from nbdclient.image.session import Images
@@ -106,7 +107,7 @@ def run(arguments: Sequence[str]) -> int:
             await _convert(images, given, wishes, progress)
 
         session.run(command, given.objects, untrusted=given.untrusted)
-        progress.update(1.0)
+        progress.finish()
     return 0
 
 
@@ -151,19 +152,16 @@ async def _convert(images: Images, given: Given, wishes: Wishes, progress: Progr
     sources = await _open_sources(images, given, wishes)
     total = sum(source.sectors for source in sources) * _SECTOR
     image = None if "no-create" in given else _plan(images, given, wishes, total)
+    backing_name = given.get("backing") or (image.given.get("backing_file") if image is not None else None)
+    if backing_name is not None:
+        _check_backing(given, image, len(sources))
+    if image is not None and "compress" in given:
+        _check_compression(image)
     if "bitmaps" in given:
         if len(sources) > 1:
             raise OptionError("Copying bitmaps only possible with single source")
         bitmaps.check_source(sources[0].node, skip_broken="skip-broken-bitmaps" in given)
-    backing_name = given.get("backing") or (image.given.get("backing_file") if image is not None else None)
     target, blank = await _open_target(images, given, wishes, image)
-    if backing_name is not None:
-        if "target-is-zero" in given:
-            raise OptionError("Cannot use --target-is-zero when the destination image has a backing file")
-        if len(sources) > 1:
-            raise OptionError(
-                "Having a backing file for the target makes no sense when concatenating multiple input images"
-            )
     if "compress" in given and not can_compress(target):
         raise OptionError("Compression not supported for this file format")
     if target.size < total and image is None:
@@ -184,7 +182,7 @@ async def _convert(images: Images, given: Given, wishes: Wishes, progress: Progr
         offload="copy-range" in given,
         salvage="salvage" in given,
         in_order="out-of-order" not in given,
-        progress=progress.update,
+        progress=progress.update if progress.shown else None,
     )
     await copy.run()
     if "bitmaps" in given:
@@ -224,16 +222,28 @@ def _plan(images: Images, given: Given, wishes: Wishes, total: int) -> NewImage:
     image.set_all(parse_flat(given.options or ""))
     image.set("size", str(total))
     image.set_backing(given.get("backing"), given.get("backing-format"))
-    if "backing_file" in image.given and "backing_fmt" not in image.given:
-        raise OptionError("Use of backing file requires explicit backing format")
-    if "compress" in given:
-        if any(name.startswith("encrypt") and value != "off" for name, value in image.given.items()):
-            raise OptionError("Compression and encryption not supported at the same time")
-        if image.given.get("preallocation", "off") != "off":
-            raise OptionError("Compression and preallocation not supported at the same time")
-        if not can_compress(image.driver):
-            raise OptionError("Compression not supported for this file format")
     return image
+
+
+def _check_backing(given: Given, image: NewImage | None, sources: int) -> None:
+    """Whether there can be a backing file below the target."""
+    if "target-is-zero" in given:
+        raise OptionError("Cannot use --target-is-zero when the destination image has a backing file")
+    if sources > 1:
+        raise OptionError(
+            "Having a backing file for the target makes no sense when concatenating multiple input images"
+        )
+    if image is not None and "backing_fmt" not in image.given:
+        raise OptionError("Use of backing file requires explicit backing format")
+
+
+def _check_compression(image: NewImage) -> None:
+    if any(name.startswith("encrypt") and value != "off" for name, value in image.given.items()):
+        raise OptionError("Compression and encryption not supported at the same time")
+    if image.given.get("preallocation", "off") != "off":
+        raise OptionError("Compression and preallocation not supported at the same time")
+    if not can_compress(image.driver):
+        raise OptionError("Compression not supported for this file format")
 
 
 def can_compress(driver: object) -> bool:
@@ -251,12 +261,17 @@ async def _open_target(
     from dataclasses import replace
 
     from drivers.block.creating import make_image
+    from drivers.options.nest import nest
     from nbdclient.image.__main__ import in_words
     from nbdclient.image.session import WRITING, cache_flags, warn
 
     flags = replace(cache_flags(given.values.get("cache", "unsafe")), discard=bool(wishes.sparse))
     blank = False
+    secrets: Tree = {}
     if image is not None:
+        # What was made with a key is opened with it.
+        given_secrets = ((name, key) for name, key in image.given.items() if name.endswith("key-secret"))
+        secrets = nest((tuple(name.split(".")), key) for name, key in given_secrets)
         try:
             blank = await make_image(image, warn=warn)
         except (Error, OSError) as error:
@@ -269,5 +284,6 @@ async def _open_target(
         image_opts="target-image-opts" in given,
         flags=flags,
         needed=WRITING,
+        options=secrets,
     )
     return node, blank

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -57,13 +59,14 @@ class Kind(Enum):
 
 class Job(NamedTuple):
     """`length` bytes at `offset` of the target; `number` is its place in the order. Only what is
-    compressed may come from more than one source."""
+    compressed may come from more than one source. `plain`: perhaps it lies plain in a host file."""
 
     number: int
     kind: Kind
     source: Source
     offset: int
     length: int
+    plain: bool
 
 
 class Copy:
@@ -80,7 +83,7 @@ class Copy:
         offload: bool,
         salvage: bool,
         in_order: bool,
-        progress: Callable[[float], object],
+        progress: Callable[[float], object] | None,
     ) -> None:
         self._sources = sources
         self._target = target
@@ -92,18 +95,26 @@ class Copy:
         self._salvage = salvage
         self._progress = progress
         self._total = sum(source.sectors for source in sources) * SECTOR
-        self._done = 0
-        minimum = max(sparse, target.compressed_cluster or 0)
+        # Bytes of data copied, and of all data (known only if progress is shown).
+        self._done = self._data = 0
+        # Only whole clusters are compressed or left out.
+        minimum = target.compressed_cluster or sparse
         self._minimum = minimum
         granule = 1 << minimum.bit_length() - 1 if minimum else SECTOR
         self._granule = max(granule, target.node.limits.request_alignment)
         self._turns = _Turns() if in_order else None
-        self._identity = target.node.driver_name in _IDENTITY and target.compressed_cluster is None
+        self._threads = trio.CapacityLimiter(os.cpu_count() or 1)
+        self._plain = target.compressed_cluster is None and not salvage
+        self._identity = target.node.driver_name in _IDENTITY
+        # What lies plain is copied by one worker at a time.
+        self._buffer = bytearray(max(plaincopy.BUFFER, self._granule))
 
     async def run(self) -> None:
         """Raises OptionError."""
         if not self._target.is_zero and self._target.backing_size is None and self._sparse:
             await self._zero_beforehand()
+        if self._progress is not None:
+            self._data = sum([job.length async for job in self._jobs() if job.kind is Kind.DATA])
         jobs = self._jobs()
         lock = trio.Lock()
         async with trio.open_nursery() as nursery:
@@ -131,13 +142,14 @@ class Copy:
         while offset < end:
             while offset >= source.base + source.sectors * SECTOR:
                 source = next(sources)
-            kind, length = await self._status(source, offset)
+            kind, length, plain = await self._status(source, offset)
             kind, length = self._whole_clusters(kind, length, end - offset)
+            plain = plain and self._plain
             step = ZERO_STEP
             if kind is Kind.DATA:
-                step = PLAIN_STEP if self._may_be_plain() else STEP
+                step = PLAIN_STEP if plain else STEP
             length = min(length, step - offset % step)
-            yield Job(number, kind, source, offset, length)
+            yield Job(number, kind, source, offset, length, plain)
             number += 1
             offset += length
 
@@ -150,15 +162,13 @@ class Copy:
             return Kind.DATA, min(cluster, rest)
         return kind, length - length % cluster
 
-    def _may_be_plain(self) -> bool:
-        return self._identity and not self._salvage
-
-    async def _status(self, source: Source, offset: int) -> tuple[Kind, int]:
+    async def _status(self, source: Source, offset: int) -> tuple[Kind, int, bool]:
+        """What lies there, how far that reaches, and whether it may lie plain in a host file."""
         position = offset - source.base
         end = source.node.size
         if position >= end:
             # The image ends inside a sector, the target behind it.
-            return Kind.ZERO, -position % SECTOR
+            return Kind.ZERO, -position % SECTOR, False
         backing = self._target.backing_size
         if backing is not None and offset < backing:
             end = min(end, position + backing - offset)
@@ -170,8 +180,8 @@ class Copy:
                     f"error while reading block status at offset {position}: {error.strerror}"
                 ) from None
             warn(f"warning: error while reading block status at offset {position}: {error.strerror}")
-            return Kind.DATA, min(SECTOR, end - position)
-        return self._kind(extent, offset), extent.length
+            return Kind.DATA, min(SECTOR, end - position), False
+        return self._kind(extent, offset), extent.length, extent.host_offset is not None
 
     def _kind(self, extent: Extent, offset: int) -> Kind:
         backing = self._target.backing_size
@@ -190,62 +200,104 @@ class Copy:
         buffer: bytearray | None = None
         while True:
             async with lock:
-                try:
-                    job = await anext(jobs)
-                except StopAsyncIteration:
-                    return
+                job = await self._next(jobs)
+            if job is None:
+                return
+            if job.kind is Kind.ZERO:
+                await self._turn(job)
+                await self._zero(job.offset, job.length)
+            elif not (job.plain and await self._copy_between(job)):
+                if buffer is None:
+                    buffer = bytearray(STEP)
+                await self._copy_buffered(job, buffer)
+            self._finish(job)
+
+    async def _next(self, jobs: AsyncIterator[Job]) -> Job | None:
+        """The next job that several workers gain from; those before it are done."""
+        async for job in jobs:
             if self._pace is not None:
                 await self._pace.wait(job.length)
-            if job.kind is Kind.DATA:
-                if not await self._copy_plain(job):
-                    if buffer is None:
-                        buffer = bytearray(STEP)
-                    await self._copy_buffered(job, buffer)
-            else:
-                await self._turn(job)
-                if job.kind is Kind.ZERO:
-                    await self._zero(job.offset, job.length)
-            if self._turns is not None:
-                self._turns.finish(job.number)
+            nothing = job.kind is Kind.BACKING or (job.kind is Kind.ZERO and self._target.is_zero)
+            if not nothing:
+                alone = job.plain and not (self._identity and job.length >= STEP)
+                if not (alone and await self._copy_placing(job)):
+                    return job
+            self._finish(job)
+        return None
+
+    def _finish(self, job: Job) -> None:
+        if self._turns is not None:
+            self._turns.finish(job.number)
+        if self._progress is not None and job.kind is Kind.DATA:
             self._done += job.length
-            self._progress(self._done / self._total)
+            self._progress(self._done / self._data)
 
     async def _turn(self, job: Job) -> None:
         if self._turns is not None:
             await self._turns.wait(job.number)
 
-    async def _copy_plain(self, job: Job) -> bool:
+    async def _copy_placing(self, job: Job) -> bool:
+        """Copy what lies plain in host files into whatever place the target finds for what is not
+        zero; False if it does not lie plain. The buffer is small enough to stay in the processor's
+        cache, so that handing it to a thread would take longer than it wins."""
+        source, start = job.source.node, job.offset - job.source.base
+        spans = source.plain(start, job.length)
+        if spans is None:
+            return False
+        view, step, offset = memoryview(self._buffer), len(self._buffer), job.offset
+        held = source.hold(start, job.length)
+        try:
+            await self._turn(job)
+            await trio.lowlevel.checkpoint()
+            for fd, position, length in spans:
+                end = offset + length
+                while offset < end:
+                    size = min(step - offset % step, end - offset)
+                    with self._failures(job):
+                        plaincopy.read(fd, position, view[:size], offset - job.offset)
+                    await self._write(offset, self._buffer, size)
+                    offset += size
+                    position += size
+        finally:
+            source.release(held)
+        return True
+
+    async def _copy_between(self, job: Job) -> bool:
         """Copy from host file to host file, if both sides are plain; the order of such writes leaves
         no trace."""
-        if not self._may_be_plain():
-            return False
         source, source_offset = job.source.node, job.offset - job.source.base
-        spans = source.plain(source_offset, job.length)
+        spans = source.plain(source_offset, job.length) if self._identity else None
         onto = self._node.plain_write(job.offset, job.length) if spans is not None else None
         if spans is None or onto is None:
             return False
+        zeroes: list[tuple[int, int]] = []
         held = source.hold(source_offset, job.length), self._node.hold(job.offset, job.length)
         try:
-            if self._sparse and not self._offload:
-                zeroes = await trio.to_thread.run_sync(
-                    lambda: plaincopy.copy_detecting(
-                        spans, onto, granule=self._granule, minimum=self._minimum, phase=job.offset
+            with self._failures(job):
+                if self._sparse and not self._offload:
+                    zeroes = await trio.to_thread.run_sync(
+                        lambda: plaincopy.copy_detecting(
+                            spans, onto, granule=self._granule, minimum=self._minimum, phase=job.offset
+                        ),
+                        limiter=self._threads,
                     )
-                )
-            else:
-                zeroes = []
-                await trio.to_thread.run_sync(plaincopy.copy_all, spans, onto)
+                else:
+                    await trio.to_thread.run_sync(plaincopy.copy_all, spans, onto, limiter=self._threads)
+        finally:
+            source.release(held[0])
+            self._node.release(held[1])
+        for start, length in zeroes:
+            await self._zero(job.offset + start, length)
+        return True
+
+    @contextmanager
+    def _failures(self, job: Job) -> Iterator[None]:
+        try:
+            yield
         except plaincopy.CopyError as error:
             raise OptionError(
                 f"error while {error.doing} at byte {job.offset + error.position}: {error.error.strerror}"
             ) from None
-        finally:
-            source.release(held[0])
-            self._node.release(held[1])
-        if not self._target.is_zero:
-            for start, length in zeroes:
-                await self._zero(job.offset + start, length)
-        return True
 
     async def _copy_buffered(self, job: Job, buffer: bytearray) -> None:
         for start in range(0, job.length, STEP):
@@ -287,12 +339,11 @@ class Copy:
                 sector[:] = bytes(len(sector))
 
     async def _write(self, offset: int, buffer: bytearray, length: int) -> None:
-        if not self._sparse and self._target.compressed_cluster is None:
+        if not self._sparse:
             await self._put(offset, memoryview(buffer)[:length])
             return
-        done = 0
-        minimum = self._minimum if self._sparse else length + 1
-        for start, end in data_runs(buffer, length, granule=self._granule, minimum=minimum, phase=offset):
+        done, granule, minimum = 0, self._granule, self._minimum
+        for start, end in data_runs(buffer, length, granule=granule, minimum=minimum, phase=offset):
             if start > done:
                 await self._zero(offset + done, start - done)
             await self._put(offset + start, memoryview(buffer)[start:end])
@@ -303,7 +354,11 @@ class Copy:
     async def _put(self, offset: int, data: memoryview) -> None:
         try:
             if self._target.compressed_cluster is None:
-                await self._node.write(offset, data)
+                spans = self._node.plain_write(offset, len(data))
+                if spans is None:
+                    await self._node.write(offset, data)
+                else:
+                    plaincopy.write_spans(spans, data)
             else:
                 await self._put_compressed(offset, data, self._target.compressed_cluster)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,15 +11,21 @@ from drivers.block.node import Node
 from drivers.errors import OptionError
 from drivers.options.backing import resolve_backing
 from drivers.options.pseudo import protocol_prefix
-from drivers.options.schema import Value
+from drivers.options.schema import Tree, Value
 from drivers.units import format_size
 from nbdclient.image import render
 from nbdclient.image.session import guest_size
 
+# The options that decide what an image is, by driver.
+_TELLING = {"qcow2": ("encrypt.key-secret",), "raw": ("offset", "size"), "luks": ("key-secret",)}
+
 
 @dataclass
 class Description:
+    """`filename` is the name that leads to the image, `location` that of the file it is in."""
+
     filename: str
+    location: str
     driver_name: str
     size: int
     allocated: int | None
@@ -30,7 +37,7 @@ class Description:
         """None where it cannot be told."""
         assert self.info.backing_filename is not None
         try:
-            return resolve_backing(self.filename, self.info.backing_filename)
+            return resolve_backing(self.location, self.info.backing_filename)
         except OptionError:
             return None
 
@@ -103,10 +110,13 @@ def _snapshot(snapshot: SnapshotInfo) -> Value:
     return tree
 
 
-async def describe(node: Node, filename: str, *, image_opts: bool = False) -> Description:
-    """`filename` as the user gave it; options are not shown where the node knows a shorter name."""
-    if image_opts or filename.startswith("json:"):
-        filename = display_name(node) or filename
+async def describe(node: Node, filename: str, *, options: Tree | None = None) -> Description:
+    """`filename` as the user gave it. Where that was by `options` they are shown only if the name of the
+    file alone would lead elsewhere."""
+    location = filename
+    if options is not None:
+        location = display_name(node) or filename
+        filename = _name_with_options(node, options) or location
     if filename.startswith("file:"):
         filename = filename.removeprefix("file:")
         if protocol_prefix(filename) is not None:
@@ -114,12 +124,35 @@ async def describe(node: Node, filename: str, *, image_opts: bool = False) -> De
     snapshots = node.snapshots if isinstance(node, ImageNode) else None
     return Description(
         filename=filename,
+        location=location if options is not None else filename,
         driver_name=node.driver_name,
         size=guest_size(node),
         allocated=await node.allocated_size(),
         info=await node.info() if isinstance(node, ImageNode) else ImageInfo(),
         snapshots=() if snapshots is None else snapshots.list(),
     )
+
+
+def _name_with_options(node: Node, options: Tree) -> str | None:
+    """The name with the options without which `node` would be another one; None if there are none."""
+    given = {
+        name: value
+        for name in _TELLING.get(node.driver_name, ())
+        if (value := _find(options, name)) is not None
+    }
+    file = node.children.get("file")
+    filename = getattr(file.child, "filename", None) if file is not None else None
+    if not given or file is None or filename is None:
+        return None
+    below = {"driver": file.child.driver_name, "filename": str(filename)}
+    return f"json:{json.dumps({**given, 'driver': node.driver_name, 'file': below})}"
+
+
+def _find(tree: Tree, path: str) -> Value:
+    value: Value = tree
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def display_name(node: Node) -> str | None:

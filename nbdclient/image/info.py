@@ -43,7 +43,7 @@ async def _collect(images: Images, given: Given, filename: str) -> list[Descript
     from drivers.block.permission import NONE
     from nbdclient.image.description import describe
 
-    flags = replace(OpenFlags(), no_backing=True)
+    flags = replace(OpenFlags(), no_backing=True, for_info=True)
     found: list[Description] = []
     seen: set[str] = set()
     name: str | None = filename
@@ -55,7 +55,9 @@ async def _collect(images: Images, given: Given, filename: str) -> list[Descript
         node = await images.open(
             name, image_format, image_opts=image_opts, force_share=given.force_share, flags=flags, needed=NONE
         )
-        one = await describe(node, name, image_opts=image_opts)
+        by_options = image_opts or name.startswith("json:")
+        options = images.tree(name, image_format, image_opts, given.force_share) if by_options else None
+        one = await describe(node, name, options=options)
         await images.close(node)
         found.append(one)
         if "backing-chain" not in given or one.info.backing_filename is None:

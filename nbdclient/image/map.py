@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from drivers.errors import OptionError
@@ -66,7 +65,7 @@ async def _map(
     async for run in runs(node, start, min(guest_size(node), start + length)):
         seen = lines.seen(run)
         if last.length and seen.continues(last):
-            last = replace(last, length=last.length + seen.length)
+            last = last._replace(length=last.length + seen.length)
         else:
             if last.length:
                 lines.show(last)
@@ -86,7 +85,7 @@ class _Table:
 
     def seen(self, run: Run) -> Run:
         # Whatever is not data is left out: no need to tell one kind from the other.
-        return run if run.data and not run.zero else replace(run, data=False, zero=True)
+        return run if run.data and not run.zero else run._replace(data=False, zero=True)
 
     def show(self, run: Run) -> None:
         if run.data and not run.zero:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from drivers.block.extents import ExtentFlags
 from drivers.block.node import Node
@@ -11,10 +11,13 @@ from nbdclient.image.session import chain, guest_size
 
 # So much is asked for at once: qemu-img's limit is the same.
 STEP = 1 << 30
+# As numbers: there may be very many extents.
+_ZERO, _DATA, _COMPRESSED = (
+    flag.value for flag in (ExtentFlags.ZERO, ExtentFlags.DATA, ExtentFlags.COMPRESSED)
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """`length` bytes at `start` of one kind. `layer` counts from 0, the image itself; `present`: that
     layer has them, rather than nobody. `host_offset` where they lie plain in the layer's file."""
 
@@ -45,7 +48,8 @@ async def runs(node: Node, start: int, end: int) -> AsyncIterator[Run]:
     last: Run | None = None
     while start < min(end, node.size):
         for extent in await node.block_status(start, min(min(end, node.size) - start, STEP)):
-            rest = extent.length
+            rest, flags = extent.length, extent.flags.value
+            zero, data, compressed = bool(flags & _ZERO), bool(flags & _DATA), bool(flags & _COMPRESSED)
             while rest:
                 layer, length = extent.depth - 1, rest
                 if not extent.depth:
@@ -55,9 +59,9 @@ async def runs(node: Node, start: int, end: int) -> AsyncIterator[Run]:
                     length=length,
                     layer=layer,
                     present=extent.depth > 0,
-                    zero=not extent.depth or bool(extent.flags & ExtentFlags.ZERO),
-                    data=bool(extent.flags & ExtentFlags.DATA),
-                    compressed=bool(extent.flags & ExtentFlags.COMPRESSED),
+                    zero=not extent.depth or zero,
+                    data=data,
+                    compressed=compressed,
                     host_offset=extent.host_offset,
                 )
                 yield last

@@ -1,4 +1,4 @@
-"""Copying between host files, in a thread: no node is asked, nothing is awaited."""
+"""Copying between host files, and comparing them: no node is asked, nothing is awaited."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from nbdclient.image.zeroes import data_runs
 
 # Stays in the processor's cache between the reading, the looking and the writing.
 BUFFER = 256 << 10
+_ZEROES = bytes(BUFFER)
 _CANNOT_OFFLOAD = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
 
 
 class CopyError(Exception):
-    """`position` bytes into the copy reading or writing failed."""
+    """`position` bytes into the copy reading or writing failed; or, comparing, "first" or "second"."""
 
     def __init__(self, doing: str, position: int, error: OSError) -> None:
         super().__init__(doing, position)
@@ -59,7 +60,7 @@ def copy_detecting(
         while position < end:
             # The steps end with granules, so that none is looked at in halves.
             size = min(step - (phase + position) % granule, end - position)
-            _read(source_fd, source_offset, view[:size], position)
+            read(source_fd, source_offset, view[:size], position)
             done = 0
             runs = data_runs(buffer, size, granule=granule, minimum=minimum, phase=phase + position)
             for run_start, run_end in runs:
@@ -84,6 +85,47 @@ def copy_all(sources: Sequence[Span], targets: Sequence[Span]) -> None:
         position += length
 
 
+def first_difference(first: Sequence[Span], second: Sequence[Span], *, multiple: int) -> int | None:
+    """The offset, a multiple of `multiple`, of the first part that differs. Raises CopyError."""
+    position = 0
+    for fd, offset, other_fd, other_offset, length in pairs(first, second):
+        for done in range(0, length, BUFFER):
+            size = min(BUFFER, length - done)
+            left = _bytes_of("first", fd, offset + done, size, position + done)
+            right = _bytes_of("second", other_fd, other_offset + done, size, position + done)
+            if left != right:
+                return position + done + differing(left, right, multiple)
+        position += length
+    return None
+
+
+def differing(left: bytes | bytearray, right: bytes | bytearray, multiple: int) -> int:
+    """The offset of the first `multiple` bytes in which the two, which do differ, do so."""
+    low, size = 0, len(left)
+    while size > multiple:
+        half = -(-size // 2 // multiple) * multiple
+        if left[low : low + half] == right[low : low + half]:
+            low, size = low + half, size - half
+        else:
+            size = half
+    return low
+
+
+def _bytes_of(which: str, fd: int, offset: int, length: int, position: int) -> bytes:
+    if fd < 0:
+        return _ZEROES[:length]
+    try:
+        data = os.pread(fd, length, offset)
+        while data and len(data) < length:
+            more = os.pread(fd, length - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+    except OSError as error:
+        raise CopyError(which, position, error) from None
+    return data.ljust(length, b"\0")  # behind the end of the file
+
+
 def _offload(source_fd: int, source_offset: int, target_fd: int, target_offset: int, length: int) -> bool:
     while length:
         try:
@@ -106,15 +148,15 @@ def _through_buffer(
     view = memoryview(bytearray(min(BUFFER, length)))
     for done in range(0, length, BUFFER):
         part = view[: min(BUFFER, length - done)]
-        if source_fd >= 0:
-            _read(source_fd, source_offset + done, part, position + done)
+        read(source_fd, source_offset + done, part, position + done)
         _write(target_fd, target_offset + done, part, position + done)
 
 
-def _read(fd: int, offset: int, buffer: memoryview, position: int) -> None:
+def read(fd: int, offset: int, buffer: memoryview, position: int) -> None:
+    """Fill `buffer`, which is for `position` in the copy. Raises CopyError."""
     while buffer:
         try:
-            got = os.preadv(fd, [buffer], offset)
+            got = os.preadv(fd, [buffer], offset) if fd >= 0 else 0
         except OSError as error:
             raise CopyError("reading", position, error) from None
         if not got:
@@ -123,6 +165,16 @@ def _read(fd: int, offset: int, buffer: memoryview, position: int) -> None:
         buffer = buffer[got:]
         offset += got
         position += got
+
+
+def write_spans(spans: Sequence[Span], data: memoryview) -> None:
+    """Raises OSError."""
+    for fd, offset, length in spans:
+        part, data = data[:length], data[length:]
+        while part:
+            put = os.pwrite(fd, part, offset)
+            part = part[put:]
+            offset += put
 
 
 def _write(fd: int, offset: int, data: memoryview, position: int) -> None:

@@ -18,14 +18,14 @@ class ProgressReport:
 
     def __init__(self, what: str, *, shown: bool, step: float = _STEP) -> None:
         self._what = what
-        self._shown = shown
+        self.shown = shown
         self._step = step
         self._last = -1.0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
     def __enter__(self) -> ProgressReport:
-        if self._shown and sys.stdout.isatty():
+        if self.shown and sys.stdout.isatty():
             self._start_bar()
         self.update(0.0)
         return self
@@ -44,7 +44,7 @@ class ProgressReport:
 
     def update(self, done: float) -> None:
         """`done` from 0.0 to 1.0."""
-        if not self._shown:
+        if not self.shown:
             return
         percent = min(100.0, 100.0 * done)
         if self._bar is not None and self._task is not None:
@@ -54,11 +54,16 @@ class ProgressReport:
             sys.stdout.write(f"    ({percent:.2f}/100%)\r")
             sys.stdout.flush()
 
+    def finish(self) -> None:
+        """All is done, which is said even if the last update said it too."""
+        self._last = -1.0
+        self.update(1.0)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._shown:
+        elif self.shown:
             sys.stdout.write("\n")
             sys.stdout.flush()

@@ -55,7 +55,6 @@ def cache_flags(mode: str, *, source: bool = False) -> OpenFlags:
 
 def warn(message: str) -> None:
     """A line that a person must see."""
-    sys.stdout.flush()
     print(message, file=sys.stderr)
 
 
@@ -117,14 +116,16 @@ class Images:
         options: Tree | None = None,
         aio: str | None = None,
     ) -> Node:
-        """The image, writable if `needed` says so. `options` are added to its own. Raises OptionError
-        with its name in it."""
+        """The image, writable if `needed` says so. `options` go before its own; None takes one away.
+        Raises OptionError with its name in it."""
         if image_opts and image_format is not None:
             raise OptionError("--image-opts and --format are mutually exclusive")
         writing = bool(needed & Permission.WRITE)
         flags = replace(flags or OpenFlags(), read_only=not writing, force_share=force_share)
         try:
-            tree = {**self._tree(filename, image_format, image_opts, force_share), **(options or {})}
+            tree = {**self.tree(filename, image_format, image_opts, force_share), **(options or {})}
+            for key in [key for key, value in (options or {}).items() if value is None]:
+                del tree[key]
             if aio is not None:
                 set_file_default(tree, "aio", aio)
             node = await open_options(self.graph, tree, flags, warn=warn)
@@ -144,12 +145,13 @@ class Images:
         image_opts: bool = False,
         flags: OpenFlags | None = None,
         needed: Permission = READING,
+        options: Tree | None = None,
     ) -> Node:
         """As open(), with the open node `below`, or nothing, for a backing file."""
         flags = replace(flags or OpenFlags(), no_backing=below is None)
-        options: Tree = {} if below is None else {"backing": below.name}
+        whole: Tree = {**(options or {}), "backing": None if below is None else below.name}
         return await self.open(
-            filename, image_format, image_opts=image_opts, flags=flags, needed=needed, options=options
+            filename, image_format, image_opts=image_opts, flags=flags, needed=needed, options=whole
         )
 
     async def _use(self, node: Node, filename: str, needed: Permission, shared: Permission) -> None:
@@ -162,7 +164,10 @@ class Images:
                 raise OptionError(f"Could not open '{filename}': {in_words(error)}") from None
             raise
 
-    def _tree(self, filename: str, image_format: str | None, image_opts: bool, force_share: bool) -> Tree:
+    def tree(
+        self, filename: str, image_format: str | None, image_opts: bool, force_share: bool = False
+    ) -> Tree:
+        """The options that a command line names an image by. Raises OptionError."""
         if not image_opts:
             return image_tree(self.graph, filename, image_format)
         pairs = parse_flat(filename, implied_name="file", warn=lambda text: complain(f"warning: {text}"))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from drivers.errors import Error, OptionError
+from drivers.errors import Error, ImageError, OptionError
 from drivers.options.argv import Opt, UsageError
 from nbdclient.image.arguments import FORCE_SHARE, IMAGE_OPTS, OBJECT, QUIET, Given, getopt, parse
 
@@ -86,7 +86,8 @@ async def _create(snapshots: Snapshots | None, name: str) -> None:
             await snapshots.create(name)
             return
         except OSError as error:
-            number, reason = error.errno or errno.EIO, error.strerror or str(error)
+            number = error.errno or errno.EIO
+            reason = os.strerror(number)
     raise OptionError(f"Could not create snapshot '{name}': {-number} ({reason})")
 
 
@@ -98,10 +99,15 @@ async def _apply(snapshots: Snapshots | None, name: str) -> None:
         raise OptionError(f"{failed}: Failed to load snapshot: {os.strerror(errno.ENOENT)}")
     try:
         await snapshots.apply(name)
-    except (Error, OSError) as error:
-        raise OptionError(
-            f"{failed}: Failed to load snapshot: {getattr(error, 'strerror', None) or error}"
-        ) from None
+    except (ImageError, OSError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if isinstance(error, ImageError):
+            from nbdclient.image.__main__ import complain
+
+            complain(str(error))
+            number = errno.EFBIG if str(error).endswith("too large") else errno.EINVAL
+        reason = os.strerror(number or errno.EIO)
+        raise OptionError(f"{failed}: Failed to load snapshot: {reason}") from None
 
 
 async def _delete(snapshots: Snapshots | None, name: str) -> None:

@@ -34,18 +34,29 @@ def _zero_runs(buffer: bytearray, length: int, granule: int, phase: int) -> Iter
         yield 0, length
         return
     needle = bytes(granule) if granule > len(_ZEROES) else _ZEROES[:granule]
+    first = -phase % granule
     last = length - (length + phase) % granule
-    position = 0
-    # Where data is dense this looks at one byte of many, at the speed of memory.
-    while (found := buffer.find(needle, position, last)) >= 0:
-        start = found + -(found + phase) % granule
-        end = position = max(_zero_end(buffer, start, length), found + granule)
-        if end < length:
-            end -= (end + phase) % granule
-        if end > start:
+    # A word of each granule tells for most of them that they are not zero.
+    words = memoryview(buffer)[first:last].cast("Q")[:: granule // 8].tolist() if first < last else []
+    position = first
+    while (index := _index(words, (position - first) // granule)) >= 0:
+        start = first + index * granule
+        position = start + granule
+        if buffer[start:position] == needle:
+            position = end = _zero_end(buffer, start, length)
+            if end < length:
+                position = end = end - (end + phase) % granule
             yield start, end
     if position < length and 0 < last < length and _zero_end(buffer, last, length) == length:
         yield last, length
+
+
+def _index(words: list[int], start: int) -> int:
+    """The first zero from `start` on, or -1."""
+    try:
+        return words.index(0, start)
+    except ValueError:
+        return -1
 
 
 def _zero_end(buffer: bytearray, start: int, length: int) -> int:

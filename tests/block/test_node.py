@@ -14,7 +14,7 @@ from drivers.block.edge import attach
 from drivers.block.graph import Driver, Graph, OpenContext
 from drivers.block.limits import Limits
 from drivers.block.node import OpenFlags
-from drivers.block.permission import ALL, Permission
+from drivers.block.permission import ALL, NONE, Permission
 from drivers.errors import OptionError, RequestError
 from drivers.options.schema import Options
 from drivers.testing.faulty import FaultyNode
@@ -299,3 +299,29 @@ async def test_an_open_that_fails_late_leaves_nothing_open() -> None:
         await graph.open({"driver": "broken", "file": {"driver": "memory", "size": 512}})
     assert [node.closed for node in catalog.opened] == [True]
     assert graph.nodes == {}
+
+
+async def test_a_close_that_fails_gives_everything_back() -> None:
+    class Stubborn(MemoryNode):
+        async def _flush(self) -> None:
+            raise OSError(errno.EIO, "the disk is gone")
+
+        async def _close(self) -> None:
+            raise OSError(errno.EIO, "the disk is gone")
+
+    class Pair(MemoryNode):
+        def _child_permissions(
+            self, role: str, needed: Permission, shared: Permission, /
+        ) -> tuple[Permission, Permission]:
+            return NONE, ALL
+
+    told: list[str] = []
+    children = [Stubborn(bytearray(512), name=f"child{number}") for number in range(2)]
+    node = Pair(bytearray(512), name="parent")
+    node.on_close(lambda: told.append("parent"))
+    for child in children:
+        await node.use(child.name, child)
+    with pytest.raises(OSError, match="the disk is gone"):
+        await node.aclose()
+    assert told == ["parent"]
+    assert all(child.closed for child in children)

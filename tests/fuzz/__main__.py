@@ -9,11 +9,10 @@ case that repeats it; with any the exit status is 1.
 from __future__ import annotations
 
 import argparse
-import logging
+import contextlib
+import os
 import sys
 import traceback
-
-import structlog
 
 from tests.fuzz.exercise import Watch, run_case, where
 from tests.fuzz.mutate import Case, Format
@@ -38,7 +37,7 @@ def fuzz(image_format: Format, seed: int, first: int, count: int, *, trace: bool
                 failures[kind] = f"--seed {seed} --first {number} --count 1 ({case})"
                 print(f"{kind}\n    {failures[kind]}", flush=True)
                 if trace:
-                    traceback.print_exception(error)
+                    traceback.print_exception(error, file=sys.stdout)
     return failures
 
 
@@ -51,8 +50,8 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="with the traceback of each kind")
     given = parser.parse_args()
     # Complaints about the images are what is to be expected.
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    failures = fuzz(FORMATS[given.format], given.seed, given.first, given.count, trace=given.trace)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
+        failures = fuzz(FORMATS[given.format], given.seed, given.first, given.count, trace=given.trace)
     print(f"{given.count} images, {len(failures)} kinds of failure")
     return 1 if failures else 0
 

@@ -2,6 +2,7 @@
 
 import random
 import subprocess
+import sys
 
 import pytest
 
@@ -148,3 +149,25 @@ def test_rebase_and_commit_keep_the_content(tmp_path):
     assert run(OURS, ["commit", "c.qcow2"], tmp_path) == (0, "Image committed.\n", "")
     same = run(THEIRS, ["compare", "-f", "raw", "r.raw", "before.raw"], tmp_path)
     assert same == (0, "Images are identical.\n", "")
+
+
+def test_measuring_bitmaps_of_a_vast_image(both):
+    """A bitmap of half a gibibyte in which nothing is dirty costs neither time nor memory."""
+    both.agree(
+        "create -q -f qcow2 -o cluster_size=2M vast 2T",
+        "bitmap --add -g 512 vast fine",
+        "bitmap --add -g 2M vast coarse",
+        "measure -O raw vast",
+        "measure -O qcow2 vast",
+        "measure -O qcow2 -o compat=0.10 vast",
+        "measure --output=json -O qcow2 -o cluster_size=2M vast",
+    )
+    done = run(THEIRS, ["check", "vast"], both.ours)
+    assert done[0] == 0
+    script = (
+        "import resource, sys\n"
+        "from nbdclient.image.__main__ import main\n"
+        "assert main(['measure', '-O', 'qcow2', 'vast']) == 0\n"
+        "sys.exit(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 200 << 10)\n"
+    )
+    assert run((sys.executable, "-c", script), [], both.ours)[0] == 0

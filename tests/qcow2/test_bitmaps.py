@@ -271,7 +271,7 @@ async def test_damaged_bitmaps_are_told_and_the_disk_can_be_read(
         await node.read_into(0, found)
         assert found == b"\5" * 512
         assert not node.bitmaps
-    assert told in capsys.readouterr().out
+    assert told in capsys.readouterr().err
 
 
 async def test_bits_behind_the_end_of_the_disk_are_of_no_account(tmp_path: Path) -> None:

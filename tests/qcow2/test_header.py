@@ -175,6 +175,36 @@ def test_an_unknown_feature_has_the_name_that_the_image_gives_it() -> None:
         parse_header(bytes(data))
 
 
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (struct.pack(">BB", 0, 9) + b"cut", "feature.*: cut$"),
+        (struct.pack(">BB46sBB46s", 1, 9, b"another kind", 0, 9, b"here"), "feature.*: here$"),
+        (
+            struct.pack(">BB46sBB46s", 0, 8, b"", 0, 9, b"behind"),
+            "feature.*: Unknown incompatible feature: 200$",
+        ),
+    ],
+)
+def test_the_table_of_names_ends_with_its_bytes_or_an_empty_name(table: bytes, message: str) -> None:
+    plain = _header(cluster_bits=12, l1_table_offset=3 << 12, refcount_table_offset=1 << 12, size=4096)
+    padded = table + bytes(-len(table) % 8)
+    data = bytearray(plain.build()[:112] + struct.pack(">II", 0x6803F857, len(table)) + padded + bytes(8))
+    struct.pack_into(">Q", data, 72, 1 << 9)
+    with pytest.raises(ImageError, match=message):
+        parse_header(bytes(data))
+
+
+def test_of_two_extensions_the_last_one_counts_and_is_kept() -> None:
+    data = _header(cluster_bits=12, l1_table_offset=3 << 12, refcount_table_offset=1 << 12, size=4096).build()
+    formats = [
+        struct.pack(">II", 0xE2792ACA, len(name)) + name.ljust(8, b"\0") for name in (b"raw", b"qcow2")
+    ]
+    header = parse_header(data[:112] + b"".join(formats) + bytes(8))
+    assert header.backing_format == "qcow2"
+    assert header.build().count(struct.pack(">I", 0xE2792ACA)) == 1
+
+
 def test_small_clusters_with_extended_l2_are_refused() -> None:
     data = _header(cluster_bits=13, l1_table_offset=3 << 13, refcount_table_offset=1 << 13, incompatible=16)
     with pytest.raises(ImageError, match="cluster sizes of at least 16384"):

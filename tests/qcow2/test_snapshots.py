@@ -322,6 +322,17 @@ async def test_what_snapshots_own_is_not_overwritten(tmp_path: Path) -> None:
         await node.write(0, b"x" * MIB)
 
 
+async def test_the_state_of_a_machine_comes_back_with_its_snapshot(tmp_path: Path) -> None:
+    path = create(tmp_path / "disk.qcow2", 4 * MIB, "cluster_size=4k")
+    qemu_io(path, "write -b -P 0x11 1M 64k")
+    async with opened(path) as node:
+        assert node.snapshots is not None
+        await node.snapshots.create("one")
+        await node.snapshots.apply("one")
+    check(path)
+    assert "verification failed" not in run("qemu-io", "-f", "qcow2", "-c", "read -b -P 0x11 1M 64k", path)
+
+
 async def test_what_the_machine_left_does_not_become_disk(tmp_path: Path) -> None:
     """QEMU applies a snapshot with all of its L1 table; behind the disk is the machine's state."""
     path = create(tmp_path / "disk.qcow2", 4 * MIB, "cluster_size=4k")

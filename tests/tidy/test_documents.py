@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from drivers.catalog import ROWS
+from drivers.format.qcow2.new import CREATE_OPTIONS
+from drivers.format.qcow2.options import OVERLAP_CHECKS
 from nbdclient.cli.arguments import parser
 from nbdserve.cli.help import TEXT
 from nbdserve.cli.nbd import NOT_YET, TABLE
@@ -52,6 +54,18 @@ def test_every_driver_has_its_page() -> None:
     for name in ROWS:
         if name != "memory":  # a test aid
             assert re.search(rf"\b{name}\b", pages), f"the driver {name} has no page"
+
+
+def test_every_option_of_qcow2_is_documented() -> None:
+    page = (ROOT / "docs/drivers/qcow2.md").read_text()
+    source = (ROOT / "drivers/format/qcow2/options.py").read_text()
+    taken = set(re.findall(r"options\.(?:boolean|size|integer|string|reference)\(\"([^\"]+)\"", source))
+    assert len(taken) > 10
+    for name in taken | set(OVERLAP_CHECKS):
+        assert f"`{name}`" in page, f"the option {name} is missing in docs/drivers/qcow2.md"
+    for option in CREATE_OPTIONS:
+        shown = "encrypt.*" if option.name.startswith("encrypt.") else option.name
+        assert f"`{shown}`" in page, f"the option {option.name} is missing in docs/drivers/qcow2.md"
 
 
 def test_every_trace_event_is_made_somewhere() -> None:

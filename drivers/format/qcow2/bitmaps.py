@@ -30,6 +30,7 @@ from drivers.format.qcow2.layout import (
     OFFSET_MASK,
 )
 from drivers.format.qcow2.refcounts import Run, pack_table, unpack_table
+from drivers.format.qcow2.rewriting import Rewrite
 
 # All bitmaps of an image together take up so many bytes of memory at most.
 MAX_LOADED_BYTES = 1 << 30
@@ -80,21 +81,21 @@ class StoredBitmaps:
         self._node.track(bitmap)
 
     async def _load_bits(self, entry: BitmapEntry, bitmap: DirtyBitmap) -> None:
-        size, bits = self._image.file.cluster_size, bitmap.bits
-        if entry.table_size != -(-len(bits) // size):
+        size = self._image.file.cluster_size
+        if entry.table_size != -(-bitmap.byte_count // size):
             raise ImageError(f"Bitmap '{entry.name}': its table has not the size that the disk asks for")
         for index, value in enumerate(await self._read_table(entry)):
             at = index * size
             offset = value & OFFSET_MASK
             if value & BITMAP_TABLE_RESERVED or offset % size or (offset and value & _ALL_ONES):
                 raise ImageError(f"Bitmap '{entry.name}': invalid entry {value:#x} in its table")
-            length = min(size, len(bits) - at)
+            length = min(size, bitmap.byte_count - at)
             if offset:
-                bits[at : at + length] = await self._image.file.read(offset, length)
+                bitmap.bits[at : at + length] = await self._image.file.read(offset, length)
             elif value & _ALL_ONES:
-                bits[at : at + length] = b"\xff" * length
-        if rest := bitmap.bit_count & 7:
-            bits[-1] &= (1 << rest) - 1
+                bitmap.bits[at : at + length] = b"\xff" * length
+        if (rest := bitmap.bit_count & 7) and not bitmap.untouched:
+            bitmap.bits[-1] &= (1 << rest) - 1
 
     async def _read_table(self, entry: BitmapEntry) -> array[int]:
         where = f"Bitmap '{entry.name}': bitmap table"
@@ -116,7 +117,7 @@ class StoredBitmaps:
     async def prepare(self) -> None:
         """The image is going to be changed: what does not know of it is told so. Durable on return."""
         file = self._image.file
-        await self._clear_unknown()
+        await self.clear_unknown()
         entries = {
             name: replace(entry, flags=entry.flags | BitmapFlags.IN_USE) if name in self._digests else entry
             for name, entry in self._entries.items()
@@ -127,7 +128,7 @@ class StoredBitmaps:
             await file.flush()
             self._entries = entries
 
-    async def _clear_unknown(self) -> None:
+    async def clear_unknown(self) -> None:
         """Drop the autoclear bits that ask for what is not known here."""
         file = self._image.file
         if file.header.autoclear & ~KNOWN_AUTOCLEAR:
@@ -187,11 +188,29 @@ class StoredBitmaps:
             raise OptionError(f"Bitmap '{name}' is currently in use by another operation and cannot be used")
         if name in self._entries:
             with trio.CancelScope(shield=True):
-                await self._clear_unknown()
+                await self.clear_unknown()
                 rest = {key: entry for key, entry in self._entries.items() if key != name}
                 await self._replace(rest, [], [self._entries[name]])
             self._digests.pop(name, None)
         self._node.untrack(name)
+
+    async def release_all(self, rewrite: Rewrite) -> dict[str, Any]:
+        """Give up what all of them take up in the file; the header's fields without them."""
+        extension = self._image.header.bitmaps
+        if extension is not None:
+            for entry in self._entries.values():
+                for piece in await self._clusters(entry):
+                    await rewrite.release(*piece)
+            await rewrite.release(extension.directory_offset, extension.directory_size)
+        return {"bitmaps": None}
+
+    def forget_all(self) -> None:
+        """The file has none of them any more."""
+        for bitmap in list(self._node.bitmaps.values()):
+            if bitmap.persistent:
+                self._node.untrack(bitmap.name)
+        self._entries.clear()
+        self._digests.clear()
 
     # --- storing ----------------------------------------------------------------------------
 
@@ -200,7 +219,7 @@ class StoredBitmaps:
         changed = [bitmap for bitmap in self._node.bitmaps.values() if self._changed(bitmap)]
         if not changed:
             return
-        await self._clear_unknown()
+        await self.clear_unknown()
         entries = dict(self._entries)
         runs: list[Run] = []
         try:
@@ -228,8 +247,8 @@ class StoredBitmaps:
         size = self._image.file.cluster_size
         table = array("Q")
         zeroes, ones = bytes(size), b"\xff" * size
-        for at in range(0, len(bitmap.bits), size):
-            part = bytes(bitmap.bits[at : at + size])
+        for at in range(0, bitmap.byte_count, size):
+            part = b"" if bitmap.untouched else bytes(bitmap.bits[at : at + size])
             if part == zeroes[: len(part)]:
                 table.append(0)
             elif part == ones:
@@ -310,4 +329,4 @@ def _build(entries: dict[str, BitmapEntry]) -> bytes:
 
 
 def _digest(bitmap: DirtyBitmap) -> bytes:
-    return hashlib.blake2b(bitmap.bits, digest_size=16).digest()
+    return b"" if bitmap.untouched else hashlib.blake2b(bitmap.bits, digest_size=16).digest()

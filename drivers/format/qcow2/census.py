@@ -28,9 +28,11 @@ from drivers.format.qcow2.layout import (
     L2_RESERVED,
     MAX_L1_BYTES,
     OFFSET_MASK,
+    SUBCLUSTERS,
     ZERO,
     compressed_range,
 )
+from drivers.format.qcow2.stretches import stretch_end
 
 
 class _Found(NamedTuple):
@@ -147,6 +149,8 @@ class Census:
     def _count_plain(self, table: array[int], *, active: bool, weight: int = 1) -> bool:
         """Count a table in which nothing is compressed, misplaced or wrong. False, and nothing is
         counted, for any other. Here is where the time goes: whole tables at a time."""
+        if self._count_uniform(table, active=active, weight=weight):
+            return True
         values = list(filter(None, table))
         if not values:
             return True
@@ -168,6 +172,20 @@ class Census:
             inspection.report.fragmented_clusters += len(runs) - 1
             if self.all_copied and min(values) < COPIED:
                 self.all_copied = all(value & COPIED for value in values if value & mask)
+        return True
+
+    def _count_uniform(self, table: array[int], *, active: bool, weight: int) -> bool:
+        """As _count_plain(), for a table of clusters of its own that follow each other."""
+        first, count, size = table[0], len(table), self.cluster_size
+        host = first & ~COPIED
+        uniform = host and not host & ~(OFFSET_MASK & -size) and first & COPIED and self.counts_data
+        if not uniform or host + count * size > self.inspection.file.size:
+            return False
+        if table[-1] != first + (count - 1) * size or stretch_end(table, 0, count, size) < count:
+            return False
+        self.inspection.add(host >> self.bits, count, weight)
+        if active:
+            self.inspection.report.allocated_clusters += count
         return True
 
     async def _count_again(self) -> None:
@@ -290,7 +308,7 @@ class L2Visit:
                     f"{'Repairing' if self.census.repair else 'ERROR'} offset={offset:x}: Preallocated "
                     "cluster is not properly aligned; L2 entry corrupted."
                 )
-                if self.census.repair and await self._make_zero(index):
+                if self.census.repair and await self._make_zero(index, bitmap):
                     return
             else:
                 inspection.corrupt(
@@ -306,11 +324,12 @@ class L2Visit:
         if self.census.counts_data:
             inspection.count(offset, size)
 
-    async def _make_zero(self, index: int) -> bool:
-        """Have the entry read as zeroes, without a cluster."""
+    async def _make_zero(self, index: int, bitmap: int) -> bool:
+        """Have the entry read as zeroes without a cluster; subclusters that are not in use stay so."""
         words = self.census.entry_words
         at = index * words
-        new = array("Q", (0, ALL_ZERO) if words > 1 else (ZERO,))
+        zeroes = (bitmap | bitmap << SUBCLUSTERS) & ALL_ZERO
+        new = array("Q", (0, zeroes) if words > 1 else (ZERO,))
         if self.inspection.overlaps(self.offset + at * 8, len(new) * 8):
             self.inspection.report.check_errors += 1
             self.inspection.say("ERROR: Overlap check failed")

@@ -7,6 +7,7 @@ written last, behind a flush: before it there is no image.
 
 from __future__ import annotations
 
+import errno
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from drivers.block.image import CreateContext
 from drivers.block.node import Node, Preallocation
-from drivers.errors import ImageError, OptionError
+from drivers.errors import ImageError, OptionError, RequestError
 from drivers.format.qcow2.encryption import NewEncryption, take_encryption
 from drivers.format.qcow2.header import EncryptionHeader, Header
 from drivers.format.qcow2.layout import COPIED, MAX_BACKING_NAME, MAX_REFCOUNT_TABLE_BYTES
@@ -148,7 +149,12 @@ async def _make_room(file: Node, image: NewImage, layout: _Layout) -> None:
         storage = image.preallocation
         if storage is Preallocation.METADATA or image.data_file is not None:
             storage = Preallocation.OFF
-        await file.truncate(layout.end, preallocation=storage)
+        try:
+            await file.truncate(layout.end, preallocation=storage)
+        except RequestError as error:
+            if image.preallocation is Preallocation.OFF or error.errno == errno.EFBIG:
+                raise
+            raise OptionError(f"Could not resize image: {error}") from None
     if stale:
         await file.write_zeroes(0, stale)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from drivers.block.dirty import DirtyBitmap
 from drivers.block.image import ImageInfo
+from drivers.crypto.luks.layout import Header as LuksHeader
 from drivers.format.qcow2.header import Compatible, CryptMethod, Header, Incompatible
 from drivers.format.qcow2.image import Image
 from drivers.objects.encryption import describe as describe_luks
@@ -33,15 +34,25 @@ def _specific(image: Image, header: Header, bitmaps: list[DirtyBitmap]) -> Tree:
             facts["bitmaps"] = [_bitmap(bitmap) for bitmap in bitmaps]
     facts["refcount-bits"] = header.refcount_bits
     if header.has_data_file:
-        facts["data-file"] = header.data_file_name
+        if header.data_file_name is not None:
+            facts["data-file"] = header.data_file_name
         facts["data-file-raw"] = header.raw_data_file
     if header.crypt_method == CryptMethod.AES:
         facts["encrypt"] = {"format": "aes"}
-    elif image.volume is not None:
-        facts["encrypt"] = {"format": "luks", **describe_luks(image.volume.header)}
+    elif image.luks is not None:
+        facts["encrypt"] = _luks(image.luks)
     if header.version >= 3:
         facts["corrupt"] = bool(header.incompatible & Incompatible.CORRUPT)
         facts["extended-l2"] = header.extended_l2
+    return facts
+
+
+def _luks(header: LuksHeader) -> Tree:
+    facts: Tree = {}
+    for key, value in describe_luks(header).items():
+        if key == "cipher-mode":
+            facts["format"] = "luks"
+        facts[key] = value
     return facts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from drivers.block.image import (
     ImageInfo,
     ImageNode,
     Measurement,
+    Progress,
     Repair,
 )
 from drivers.block.limits import Limits
@@ -28,7 +29,7 @@ from drivers.format.qcow2.header import CryptMethod, Header, Incompatible
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.imagefile import ImageFile
 from drivers.format.qcow2.inline import InlineWriter
-from drivers.format.qcow2.new import CREATE_OPTIONS
+from drivers.format.qcow2.new import AMEND_OPTIONS, CREATE_OPTIONS
 from drivers.format.qcow2.opening import open_backing, open_data_file, read_header, read_tables
 from drivers.format.qcow2.options import take_options
 from drivers.format.qcow2.preallocating import preallocate
@@ -37,6 +38,7 @@ from drivers.format.qcow2.resizing import resize
 from drivers.format.qcow2.snapshots import Qcow2Snapshots, read_snapshots
 from drivers.format.qcow2.unmapping import Unmapper
 from drivers.format.qcow2.writing import Writer
+from drivers.objects.store import ObjectStore
 from drivers.options.schema import Options
 
 
@@ -45,8 +47,12 @@ class Qcow2Node(ImageNode):
 
     driver_name = "qcow2"
     create_options = CREATE_OPTIONS
+    amend_options = AMEND_OPTIONS
 
-    def __init__(self, image: Image, *, flags: OpenFlags, name: str = "") -> None:
+    snapshots: Qcow2Snapshots
+
+    def __init__(self, image: Image, objects: ObjectStore, *, flags: OpenFlags, name: str = "") -> None:
+        """`objects` has the secrets that amend() is told of."""
         header = image.header
         limits = Limits(
             request_alignment=512 if header.crypt_method != CryptMethod.NONE else 1,
@@ -54,17 +60,19 @@ class Qcow2Node(ImageNode):
         )
         super().__init__(flags=flags, size=header.size, limits=limits, name=name)
         self.image = image
+        self.objects = objects
         # The requests that the image must know of are the node's.
         image.metadata.watch(self.requests)
         self.backing: Node | None = None
         self._reader = Reader(image)
-        self._writer = Writer(image, self._reader)
+        self.writer = Writer(image, self._reader)
         self._inline = InlineWriter(image)
         self.stored_bitmaps = StoredBitmaps(self, image)
-        self._unmapper = Unmapper(image, self._writer)
+        self._unmapper = Unmapper(image, self.writer)
         # One call less for every request of the hot path.
-        self._plain = self._reader.plain  # type: ignore[method-assign]
-        self._plain_write = self._inline.plain_write  # type: ignore[method-assign]
+        if not image.locked:
+            self._plain = self._reader.plain  # type: ignore[method-assign]
+            self._plain_write = self._inline.plain_write  # type: ignore[method-assign]
 
     # --- opening ----------------------------------------------------------------------------
 
@@ -82,23 +90,22 @@ class Qcow2Node(ImageNode):
             file_node,
             header,
             checks=settings.overlap_checks if not flags.read_only else frozenset(),
-            on_corruption=lambda reason: _tell(context.name, "error", reason),
+            on_corruption=lambda reason: context.graph.tell(f"qcow2: {reason}"),
         )
         l1, refcount_table = await read_tables(file)
         snapshots = ([], 0) if flags.for_check else await read_snapshots(file)
         data = await open_data_file(context, options, header)
         backing = await open_backing(context, options, header)
         image = Image(file, data or file_node, settings, l1=l1, refcount_table=refcount_table)
-        image.crypt, image.volume = await unlock(file_node, header, options, context.graph.objects)
-        image.crypt_by_guest = header.crypt_method == CryptMethod.AES
-        node = cls(image, flags=flags, name=context.name)
+        await unlock(image, options, context.graph.objects, flags)
+        node = cls(image, context.graph.objects, flags=flags, name=context.name)
         node.snapshots = Qcow2Snapshots(node, image, *snapshots)
         await node.use("file", file_node)
         if header.incompatible & Incompatible.DIRTY and not flags.read_only and not flags.for_check:
             await node._repair_dirty()
         else:
             await node.snapshots.claim()
-        await node._load_bitmaps()
+        await node._load_bitmaps(context.graph.tell)
         if data is not None:
             await node.use("data-file", data)
         if backing is not None:
@@ -127,13 +134,14 @@ class Qcow2Node(ImageNode):
     # --- requests ---------------------------------------------------------------------------
 
     async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
+        self.image.check_unlocked()
         await self._reader.read_into(offset, buffer)
 
     def _write_now(self, offset: int, data: memoryview, /) -> bool:
-        return self._inline.write_now(offset, data)
+        return not self.image.locked and self._inline.write_now(offset, data)
 
     async def _write(self, offset: int, data: memoryview, /, *, fua: bool) -> None:
-        await self._writer.write(offset, data)
+        await self.writer.write(offset, data)
 
     async def _write_compressed(self, offset: int, data: memoryview, /) -> None:
         image = self.image
@@ -143,7 +151,7 @@ class Qcow2Node(ImageNode):
             len(data) % image.file.cluster_size and offset + len(data) != self.size
         ):
             raise RequestError(errno.EINVAL, "compressed writes are of whole clusters")
-        await self._writer.write_compressed(offset, data)
+        await self.writer.write_compressed(offset, data)
 
     async def _write_zeroes(self, offset: int, length: int, /, *, may_unmap: bool, fast: bool) -> None:
         await self._unmapper.write_zeroes(offset, length, may_unmap=may_unmap)
@@ -161,6 +169,7 @@ class Qcow2Node(ImageNode):
             await image.flush_data()
         else:
             await image.metadata.flush()
+        image.clean_caches()
 
     async def _block_status(self, offset: int, length: int, /) -> list[Extent]:
         return await self._reader.block_status(offset, length)
@@ -216,7 +225,7 @@ class Qcow2Node(ImageNode):
 
     # --- bitmaps ----------------------------------------------------------------------------
 
-    async def _load_bitmaps(self) -> None:
+    async def _load_bitmaps(self, tell: Callable[[str], object]) -> None:
         try:
             await self.stored_bitmaps.load()
         except ImageError as error:
@@ -225,7 +234,7 @@ class Qcow2Node(ImageNode):
             # The disk can be read without them.
             for name in list(self.bitmaps):
                 self.untrack(name)
-            _tell(self.name, "warning", f"The bitmaps cannot be used: {error}")
+            tell(f"qcow2: the bitmaps cannot be used: {error}")
         if self.stored_bitmaps.to_prepare and not self.flags.read_only:
             self.image.metadata.before_writing = self._prepare
             self._plain_write = self._nothing_plain  # type: ignore[method-assign]
@@ -276,6 +285,8 @@ class Qcow2Node(ImageNode):
         async with self.alone():
             if not self.flags.read_only and not image.file.corrupt:
                 await image.metadata.finish()
+            if repair is not Repair.NONE:
+                await self.stored_bitmaps.clear_unknown()
             report, header = await check(image.file.node, image.header, repair)
             if repair is not Repair.NONE:
                 await self._read_anew(header)
@@ -290,9 +301,16 @@ class Qcow2Node(ImageNode):
         l1, refcount_table = await read_tables(image.file)
         image.mapping.read_anew(l1)
         image.refcounts.read_anew(refcount_table)
-        assert isinstance(self.snapshots, Qcow2Snapshots)
         self.snapshots = Qcow2Snapshots(self, image, *await read_snapshots(image.file))
         await self.snapshots.claim()
+
+    async def amend(
+        self, options: Options, /, *, progress: Progress | None = None, force: bool = False
+    ) -> None:
+        from drivers.format.qcow2.amend import amend
+
+        self._check_changeable()
+        await amend(self, options, force=force, progress=progress or (lambda part: None))
 
     async def change_backing(self, filename: str | None, image_format: str | None) -> None:
         self._check_changeable()
@@ -313,9 +331,3 @@ class Qcow2Node(ImageNode):
             await image.metadata.mark_dirty()
             await self._unmapper.forget(0, -(-self.size // image.file.cluster_size))
             await image.metadata.flush()
-
-
-def _tell(name: str, level: str, problem: str) -> None:
-    import structlog  # takes as long to import as all else of a short command
-
-    getattr(structlog.get_logger(), level)("qcow2", image=name, problem=problem)

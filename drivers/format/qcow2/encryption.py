@@ -9,14 +9,13 @@ from typing import Protocol
 
 from drivers.block.area import NodeArea
 from drivers.block.graph import Graph
-from drivers.block.node import Node
-from drivers.crypto.cipher import SectorCipher
+from drivers.block.node import Node, OpenFlags
 from drivers.crypto.legacy import aes_cipher
 from drivers.crypto.luks import volume
 from drivers.crypto.luks.layout import header_area
-from drivers.crypto.luks.volume import Volume
 from drivers.errors import ImageError, OptionError
-from drivers.format.qcow2.header import CryptMethod, Header
+from drivers.format.qcow2.header import CryptMethod
+from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.new import NewImage
 from drivers.objects import encryption as objects_encryption
 from drivers.objects.encryption import password_of
@@ -29,11 +28,11 @@ _FORMATS = {CryptMethod.AES: "aes", CryptMethod.LUKS: "luks"}
 # --- opening ------------------------------------------------------------------------------------
 
 
-async def unlock(
-    file: Node, header: Header, options: Options, objects: ObjectStore
-) -> tuple[SectorCipher | None, Volume | None]:
-    """The cipher of an encrypted image, and where it is LUKS's the volume with its key slots; the
-    option `encrypt` names the secret. Raises OptionError and ImageError."""
+async def unlock(image: Image, options: Options, objects: ObjectStore, flags: OpenFlags) -> None:
+    """Give an encrypted image its cipher, and where it is LUKS's the volume with its key slots; the
+    option `encrypt` names the secret. Where `flags` say that guest data are of no interest the image
+    may stay locked. Raises OptionError and ImageError."""
+    file, header = image.file.node, image.header
     encrypt = Options(options.subtree("encrypt"), owner=options.owner)
     wanted, key_secret = encrypt.string("format", None), encrypt.string("key-secret", None)
     method = CryptMethod(header.crypt_method)
@@ -43,22 +42,28 @@ async def unlock(
         # A secret alone claims nothing; it is left unused, as by QEMU.
         if left := encrypt.left():
             raise OptionError(f"Block format 'qcow2' does not support the option 'encrypt.{left}'")
-        return None, None
+        return
     if wanted not in (None, _FORMATS[method]):
         raise OptionError(
             f"Header reported '{_FORMATS[method]}' encryption format but options specify '{wanted}'"
         )
-    password = password_of(key_secret, objects, prefix="encrypt.")
+    image.locked = flags.for_info or (flags.for_check and not key_secret)
+    password = b"" if image.locked else password_of(key_secret, objects, prefix="encrypt.")
     if left := encrypt.left():
         raise OptionError(f"Parameter '{left}' is unexpected")
+    image.crypt_by_guest = method is CryptMethod.AES
     if method is CryptMethod.AES:
-        return aes_cipher(password), None
+        image.crypt = None if image.locked else aes_cipher(password)
+        return
     if header.encryption is None:
         raise ImageError("LUKS encryption without the header extension that says where its header is")
     length = header.encryption.length
     area = NodeArea(file, header.encryption.offset, length)
-    unlocked = await volume.unlock(area, password, area_bytes=length)
-    return unlocked.cipher, unlocked
+    if image.locked:
+        image.luks = await volume.read_header(area, area_bytes=length)
+        return
+    image.volume = await volume.unlock(area, password, area_bytes=length)
+    image.crypt, image.luks = image.volume.cipher, image.volume.header
 
 
 # --- creating -----------------------------------------------------------------------------------

@@ -307,10 +307,9 @@ def _parse_v3(header: Header, data: bytes) -> Header:
 
 
 def _parse_extensions(header: Header, data: bytes) -> Header:
-    """Header extensions. What is unknown is kept."""
+    """Header extensions. Of several of a known type the last one counts; what is unknown is kept."""
     at = header.header_length
     kept: list[tuple[int, bytes]] = []
-    seen: set[int] = set()
     for _ in range(MAX_HEADER_EXTENSIONS):
         if at + _EXTENSION.size > len(data):
             break
@@ -322,9 +321,6 @@ def _parse_extensions(header: Header, data: bytes) -> Header:
             raise ImageError("Header extension too large")
         content = data[at : at + length]
         at += length + -length % 8
-        if kind in seen and kind in tuple(ExtensionType):
-            raise ImageError(f"Header extension {kind:#x} appears twice")
-        seen.add(kind)
         known = _known_extension(header, kind, content)
         if known is None:
             kept.append((kind, content))
@@ -341,12 +337,7 @@ def _known_extension(header: Header, kind: int, content: bytes) -> Header | None
     if kind == ExtensionType.DATA_FILE:
         return replace(header, data_file_name=content.decode(errors="surrogateescape"))
     if kind == ExtensionType.FEATURE_NAMES:
-        count = len(content) // _FEATURE_NAME.size
-        rows = (_FEATURE_NAME.unpack_from(content, i * _FEATURE_NAME.size) for i in range(count))
-        names = tuple(
-            (feature, bit, name.split(b"\0")[0].decode(errors="replace")) for feature, bit, name in rows
-        )
-        return replace(header, feature_names=names)
+        return replace(header, feature_names=tuple(_feature_names(content)))
     if kind == ExtensionType.ENCRYPTION:
         if len(content) != EncryptionHeader.FORMAT.size:
             raise ImageError(
@@ -361,6 +352,15 @@ def _known_extension(header: Header, kind: int, content: bytes) -> Header | None
             return header
         return replace(header, bitmaps=_parse_bitmaps(header, content))
     return None
+
+
+def _feature_names(content: bytes) -> Iterator[tuple[int, int, str]]:
+    """The rows up to the first one without a name; the last one may be cut short."""
+    whole = content + bytes(-len(content) % _FEATURE_NAME.size)
+    for feature, bit, name in _FEATURE_NAME.iter_unpack(whole):
+        if not name[0]:
+            return
+        yield feature, bit, name.split(b"\0")[0].decode(errors="replace")
 
 
 def _parse_encryption(header: Header, content: bytes) -> EncryptionHeader:

@@ -11,6 +11,7 @@ import trio
 
 from drivers.block.node import Node
 from drivers.crypto.cipher import SectorCipher
+from drivers.crypto.luks.layout import Header as LuksHeader
 from drivers.crypto.luks.volume import Volume
 from drivers.errors import RequestError
 from drivers.format.qcow2.header import Header
@@ -29,18 +30,20 @@ class Busy:
     """Guest clusters whose mapping is being changed: one change at a time for each."""
 
     def __init__(self) -> None:
-        self.clusters: dict[int, trio.Event] = {}
+        # (first, last, done): few, so that looking through them is quick.
+        self._ranges: list[tuple[int, int, trio.Event]] = []
 
     def __contains__(self, cluster: int) -> bool:
-        return cluster in self.clusters
+        return any(first <= cluster <= last for first, last, _ in self._ranges)
 
     def __bool__(self) -> bool:
-        return bool(self.clusters)
+        return bool(self._ranges)
 
     async def idle(self, first: int, last: int) -> None:
         """Wait until nobody changes any of these clusters. Comes back without a checkpoint if so."""
-        while self.clusters:
-            busy = next((self.clusters[c] for c in range(first, last + 1) if c in self.clusters), None)
+        while True:
+            overlapping = (done for low, high, done in self._ranges if low <= last and first <= high)
+            busy = next(overlapping, None)
             if busy is None:
                 return
             await busy.wait()
@@ -49,15 +52,13 @@ class Busy:
     async def changing(self, first: int, last: int) -> AsyncIterator[None]:
         """Nobody else changes these clusters inside."""
         await self.idle(first, last)
-        done = trio.Event()
-        for cluster in range(first, last + 1):
-            self.clusters[cluster] = done
+        mine = first, last, trio.Event()
+        self._ranges.append(mine)
         try:
             yield
         finally:
-            for cluster in range(first, last + 1):
-                del self.clusters[cluster]
-            done.set()
+            self._ranges.remove(mine)
+            mine[2].set()
 
 
 class Image:
@@ -79,8 +80,11 @@ class Image:
         self.options = options
         self.backing: Node | None = None
         self.crypt: SectorCipher | None = None
-        # With LUKS, what has the key slots.
+        # With LUKS, what has the key slots, and what their header says.
         self.volume: Volume | None = None
+        self.luks: LuksHeader | None = None
+        # Encrypted, and opened without the key: guest data are neither read nor written.
+        self.locked = False
         # The cipher counts sectors of the guest's disk, not of the file.
         self.crypt_by_guest = False
         self.size = header.size
@@ -101,6 +105,9 @@ class Image:
         self.metadata.flush_data = self.flush_data
         self.metadata.discard_host = self.discard_host
         self.mapping.on_free = self.refcounts.on_free = self.metadata.free
+        self.mapping.on_load = self.clean_caches
+        # When the caches were last cleaned.
+        self._cleaned = trio.current_time()
         # Called when compressed data are freed, or written.
         self.on_changed_compressed: Callable[[], object] = lambda: None
 
@@ -113,9 +120,22 @@ class Image:
         """The guest's clusters lie in a file of their own, each at its guest offset."""
         return self.data is not self.file.node
 
+    def clean_caches(self) -> None:
+        """Drop what the caches hold without need, where it is time to. Never waits."""
+        interval = self.options.cache_clean_interval
+        if interval and trio.current_time() - self._cleaned >= interval:
+            self._cleaned = trio.current_time()
+            self.mapping.drop_unused()
+            self.refcounts.drop_unused()
+
     def check_writable(self) -> None:
         if self.file.corrupt:
             raise RequestError(errno.EIO, "the image is corrupt")
+        self.check_unlocked()
+
+    def check_unlocked(self) -> None:
+        if self.locked:
+            raise RequestError(errno.EACCES, "the image was opened without its key")
 
     def backing_length(self, offset: int, length: int) -> int:
         """How much of this range, from its start on, the backing file reaches."""

@@ -16,6 +16,7 @@ from drivers.errors import RequestError
 from drivers.format.qcow2.header import Header, Incompatible
 
 _SECTOR = 512
+_ONCE = "further corruption events will be suppressed"
 
 # The kinds of metadata, by the names of the overlap checks, and what messages call them.
 OWNERS = {
@@ -85,10 +86,9 @@ class ImageFile:
         async with self._changing:
             await self.write_header(replace(self.header, **changes))
 
-    async def lead_to(self, **changes: Any) -> None:
-        """Let the header lead to other tables, durably. Where that fails it leads to the old ones; if
-        not even that is certain, nothing is written to the image any more. It is not cancelled half
-        way."""
+    async def switch_header(self, **changes: Any) -> None:
+        """Change fields of the header, durably. Where that fails it is what it was; if not even that is
+        certain, nothing is written to the image any more. It is not cancelled half way."""
         before = self.header
         with trio.CancelScope(shield=True):
             try:
@@ -159,9 +159,13 @@ class ImageFile:
         if not self.corrupt:
             self.corrupt = True
             if self.header.version >= 3 and not self.node.flags.read_only:
-                self._on_corruption(f"Marking image as corrupt: {reason}")
+                self._on_corruption(
+                    f"Marking image as corrupt: {reason}; further corruption events will be suppressed"
+                )
                 await self.update_header(incompatible=self.header.incompatible | Incompatible.CORRUPT)
                 await self.flush()
             else:
-                self._on_corruption(f"Image is corrupt: {reason}")
+                self._on_corruption(
+                    f"Image is corrupt: {reason}; further corruption events will be suppressed"
+                )
         return RequestError(errno.EIO, reason)

@@ -22,7 +22,6 @@ class InlineWriter:
         self._mapping = image.mapping
         self._bits = image.mapping.cluster_bits
         self._mask = image.mapping.cluster_size - 1
-        self._v3 = image.header.version >= 3
         self._data_plain_write = image.data.plain_write
 
     # --- where to write ---------------------------------------------------------------------
@@ -67,7 +66,7 @@ class InlineWriter:
         at = first & mapping.slice_mask
         for index in range(at, at + last - first + 1):
             entry = found.entries[index]
-            if entry and (entry != ZERO or not self._v3):
+            if entry and entry != mapping.zero_flag:
                 return None
             if not entry and image.backing_length((first + index - at) << self._bits, self._mask + 1):
                 return None
@@ -96,7 +95,7 @@ class InlineWriter:
         if found is None or last >> mapping.slice_bits != first >> mapping.slice_bits:
             return False
         at = first & mapping.slice_mask
-        if any(entry and (entry != ZERO or not self._v3) for entry in found.entries[at : at + count]):
+        if any(entry and entry != mapping.zero_flag for entry in found.entries[at : at + count]):
             return False
         head = self._before(found, first << bits, offset)
         tail = self._before(found, end, (last + 1) << bits)

@@ -24,6 +24,7 @@ from drivers.format.qcow2.layout import (
     ZERO,
 )
 from drivers.format.qcow2.refcounts import Refcounts, pack_table, unpack_table
+from drivers.format.qcow2.stretches import stretch_end
 
 # What a run of guest bytes is. HOLE: the backing file shows, or zeroes. RESERVED: a hole, too, with
 # a host cluster of its own (extended entries only). ZEROED: zeroes; RESERVED_ZERO: with a cluster.
@@ -82,7 +83,7 @@ class Mapping:
         # Entries that the file has not got yet.
         self.l1_dirty: set[int] = set()
         self.extended = header.extended_l2
-        self._zero_flag = ZERO if header.version >= 3 and not self.extended else 0
+        self.follow_version()
         # With a data file a host offset of 0 is valid.
         self._data_file = header.has_data_file
         self.cluster_bits = header.cluster_bits
@@ -104,6 +105,11 @@ class Mapping:
         self.empty = Slice(array("Q", bytes(slice_bytes)))
         self._claim()
 
+    def follow_version(self) -> None:
+        """Take from the header whether there are zero clusters."""
+        # What marks one in an L2 entry; extended entries have a bitmap instead.
+        self.zero_flag = ZERO if self._file.header.version >= 3 and not self.extended else 0
+
     def _claim(self) -> None:
         header = self._file.header
         if header.l1_size:
@@ -124,6 +130,7 @@ class Mapping:
         entry = self.l1[l1_index] if l1_index < len(self.l1) else 0
         if not entry & OFFSET_MASK:
             return self.empty
+        self.on_load()
         if len(self.slices) >= self.cache_slices and not self._drop_one():
             return None
         if index in self._loading or entry & (L1_RESERVED | self.cluster_size - 1):
@@ -189,6 +196,13 @@ class Mapping:
             self.slices[index] = candidate
         return False
 
+    def drop_unused(self) -> None:
+        """Drop the clean slices that were not used since this was last called."""
+        for index, found in list(self.slices.items()):
+            if not (found.dirty or found.pins or found.used):
+                del self.slices[index]
+            found.used = False
+
     async def _make_room(self) -> None:
         if len(self.slices) >= self.cache_slices and not self._drop_one():
             await self._commit()
@@ -237,6 +251,8 @@ class Mapping:
                 self.on_free(old, 1, "snapshot")
 
     on_free: Callable[[int, int, str], None]
+    # Called before a slice is loaded: others may go.
+    on_load: Callable[[], None]
 
     def take_dirty(self) -> tuple[list[TableWrite], list[TableWrite]]:
         """What to write: first what nothing on disk refers to yet, then, when that is durable, the
@@ -322,13 +338,29 @@ class Mapping:
                 _append(out, HOLE, 0, stop - offset)
                 offset = stop
                 continue
-            describe = self._extended if self.extended else self._standard
             while offset < stop:
-                inside = offset & mask
-                length = min(stop - offset, self.cluster_size - inside)
-                describe(entries, offset >> bits & self.slice_mask, inside, length, out)
+                inside, index = offset & mask, offset >> bits & self.slice_mask
+                length = self.cluster_size - inside
+                if self.extended:
+                    length = min(stop - offset, length)
+                    self._extended(entries, index, inside, length, out)
+                else:
+                    if offset + length < stop:
+                        last = stop - 1 >> bits & self.slice_mask
+                        length += self._followers(entries, index, last + 1) << bits
+                    length = min(stop - offset, length)
+                    self._standard(entries, index, inside, length, out)
                 offset += length
         return end
+
+    def _followers(self, entries: array[int], index: int, end: int) -> int:
+        """How many entries, up to `end`, certainly go on where this one ends."""
+        entry = entries[index]
+        host = entry & OFFSET_MASK
+        if entry & COMPRESSED or host + (end - index << self.cluster_bits) > OFFSET_MASK:
+            return 0
+        has_host = host or (self._data_file and entry & COPIED)
+        return stretch_end(entries, index, end, self.cluster_size if has_host else 0) - index - 1
 
     def _standard(self, entries: array[int], index: int, inside: int, length: int, out: list[Piece]) -> None:
         entry = entries[index]
@@ -337,7 +369,7 @@ class Mapping:
             out.append(Piece(INVALID, host, length))
         elif entry & COMPRESSED:
             out.append(Piece(DEFLATED, entry, length))
-        elif entry & self._zero_flag:
+        elif entry & self.zero_flag:
             if host or (self._data_file and entry & COPIED):
                 _append(out, RESERVED_ZERO, host + inside, length)
             else:

@@ -64,7 +64,7 @@ def _bitmaps_size(image: NewImage, source: Node | None) -> int | None:
     for bitmap in source.bitmaps.values():
         if not bitmap.persistent or bitmap.inconsistent:
             continue
-        clusters = divide_up(len(bitmap.bits), image.cluster_size)
+        clusters = divide_up(bitmap.byte_count, image.cluster_size)
         total += clusters * image.cluster_size + _round_up(clusters * 8, image.cluster_size)
         name = bitmap.name.encode(errors="surrogateescape")
         directory += _round_up(BitmapEntry.FIXED.size + len(name), 8)

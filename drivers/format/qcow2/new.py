@@ -1,5 +1,5 @@
-"""What a new qcow2 image is to be like: the options of create() and measure(), checked, and the
-room that its metadata takes."""
+"""What a new qcow2 image is to be like: the options of create(), measure() and amend(), the first two
+checked, and the room that its metadata takes."""
 
 from __future__ import annotations
 
@@ -58,10 +58,32 @@ CREATE_OPTIONS = (
     CreateOption("refcount_bits", "number", "Width of a reference count entry in bits", "16"),
 )
 
+# Of create()'s options those that can be changed later, and what changes the key slots.
+_AMENDABLE = (
+    "size",
+    "compat",
+    "backing_file",
+    "backing_fmt",
+    "data_file",
+    "data_file_raw",
+    "encrypt.iter-time",
+    "lazy_refcounts",
+    "refcount_bits",
+)
+AMEND_OPTIONS = (
+    *(option._replace(default=None) for option in CREATE_OPTIONS if option.name in _AMENDABLE),
+    CreateOption("encrypt.state", "string", "Select new state of affected keyslots (active/inactive)"),
+    CreateOption(
+        "encrypt.new-secret", "string", "New secret to set in the matching keyslots. Empty string to erase"
+    ),
+    CreateOption("encrypt.old-secret", "string", "Select all keyslots that match this password"),
+    CreateOption("encrypt.keyslot", "number", "Select a single keyslot to modify explicitly"),
+)
+
 T = TypeVar("T")
 
 DEFAULT_CLUSTER_SIZE = 65536
-_VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 # QEMU counts sizes in sectors.
 _SECTOR = 512
 _NEWER = "supported with compatibility level 1.1 and above (use version=v3 or greater)"
@@ -133,7 +155,7 @@ def take_options(options: Options, *, size: int | None = None) -> NewImage:
     """The options of create(), which go together. `size` stands in for the option, where that is
     missing. Raises OptionError, in the words of qemu-img."""
     image_size = options.size("size") if size is None else options.size("size", size)
-    version = _choice(options, "compat", _VERSIONS, "v3", name="version")
+    version = _choice(options, "compat", VERSIONS, "v3", name="version")
     backing_name = options.string("backing_file", None)
     backing_format = options.string("backing_fmt", None)
     if backing_format and not backing_name:
@@ -142,11 +164,11 @@ def take_options(options: Options, *, size: int | None = None) -> NewImage:
     image = NewImage(
         size=divide_up(image_size, _SECTOR) * _SECTOR,
         version=version,
-        cluster_bits=_power_of_two(
+        cluster_bits=power_of_two(
             options.size("cluster_size", DEFAULT_CLUSTER_SIZE), MIN_CLUSTER_BITS, MAX_CLUSTER_BITS,
             "Cluster size must be a power of two between 512 and 2048k",
         ),
-        refcount_order=_power_of_two(
+        refcount_order=power_of_two(
             options.integer("refcount_bits", 16), 0, 6,
             "Refcount width must be a power of two and may not exceed 64 bits",
         ),
@@ -179,7 +201,7 @@ def _choice(
     return values[value]
 
 
-def _power_of_two(value: int, low: int, high: int, message: str) -> int:
+def power_of_two(value: int, low: int, high: int, message: str) -> int:
     """log2 of `value`, which must lie from `low` to `high`."""
     bits = value.bit_length() - 1
     if not low <= bits <= high or value != 1 << bits:

@@ -87,7 +87,10 @@ async def open_backing(context: OpenContext, options: Options, header: Header) -
         if not reference:
             return None
         if isinstance(reference, str):
-            return await context.child(Options({"backing": reference}, owner=options.owner), "backing")
+            try:
+                return await context.child(Options({"backing": reference}, owner=options.owner), "backing")
+            except OptionError as error:
+                raise OptionError(f"Could not open backing file: {error}") from None
         tree = dict(reference)
         if "file" not in tree and "filename" not in tree and header.backing_name:
             tree = {**_backing_tree(context, header), **tree}

@@ -71,7 +71,9 @@ def take_options(options: Options, header: Header, flags: OpenFlags) -> Qcow2Opt
     no_unref = options.boolean("discard-no-unref", False)
     if no_unref and header.version < 3:
         raise OptionError("discard-no-unref is only supported since qcow2 version 3")
-    interval = options.integer("cache-clean-interval", DEFAULT_CLEAN_INTERVAL, high=(1 << 32) - 1)
+    interval = options.integer("cache-clean-interval", DEFAULT_CLEAN_INTERVAL, low=-(1 << 63))
+    if not 0 <= interval < 1 << 32:
+        raise OptionError("Cache clean interval too big")
     return Qcow2Options(
         lazy_refcounts=lazy,
         l2_cache_size=l2_cache,
@@ -111,6 +113,7 @@ def _cache_sizes(options: Options, header: Header, entry_size: int) -> tuple[int
             refcount = total - l2
     if l2 is None:
         l2 = min(all_of_l2, DEFAULT_L2_CACHE)
+    l2 = min(l2, all_of_l2)
     if refcount is None:
         refcount = smallest_refcount
     for name, size in (("L2", l2), ("Refcount", refcount)):
@@ -134,5 +137,6 @@ def _overlap_checks(options: Options) -> frozenset[str]:
             chosen.add(name)
         else:
             chosen.discard(name)
-    nested.finish()
+    if left := nested.left():
+        raise OptionError(f"Block format 'qcow2' does not support the option 'overlap-check.{left}'")
     return frozenset(chosen)

@@ -44,10 +44,16 @@ class Packed(MutableSequence[int]):
         return index >> self._per_byte, (index & ((1 << self._per_byte) - 1)) << self._order
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return array("B", [self[at] for at in range(*index.indices(len(self)))])
         byte, shift = self._place(index)
         return self.data[byte] >> shift & self._mask
 
     def __setitem__(self, index, value) -> None:  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            for at, single in zip(range(*index.indices(len(self))), value, strict=True):
+                self[at] = single
+            return
         byte, shift = self._place(index)
         self.data[byte] = self.data[byte] & ~(self._mask << shift) | value << shift
 
@@ -117,11 +123,7 @@ class Refcounts:
     def __init__(self, file: ImageFile, table: array[int], *, cache_size: int) -> None:
         self._file = file
         self.table = table
-        self.order = file.header.refcount_order
-        self.maximum = (1 << (1 << self.order)) - 1
-        # log2 of the clusters that a block covers.
-        self.block_bits = file.cluster_bits + 3 - self.order
-        self._block_mask = (1 << self.block_bits) - 1
+        self._follow_width()
         self.blocks: dict[int, Block] = {}
         self._cache_blocks = max(4, cache_size >> file.cluster_bits)
         self._lock = trio.Lock()
@@ -138,6 +140,14 @@ class Refcounts:
 
     # Told of clusters that lost a reference: when that is durable, they are free.
     on_free: Callable[[int, int, str], None]
+
+    def _follow_width(self) -> None:
+        file = self._file
+        self.order = file.header.refcount_order
+        self.maximum = (1 << (1 << self.order)) - 1
+        # log2 of the clusters that a block covers.
+        self.block_bits = file.cluster_bits + 3 - self.order
+        self._block_mask = (1 << self.block_bits) - 1
 
     def _claim_table(self) -> None:
         file, header = self._file, self._file.header
@@ -248,6 +258,13 @@ class Refcounts:
                 block.used = False
                 self.blocks[index] = block
 
+    def drop_unused(self) -> None:
+        """Drop the clean blocks that were not used since this was last called."""
+        for index, block in list(self.blocks.items()):
+            if not (block.dirty or block.pins or block.used):
+                del self.blocks[index]
+            block.used = False
+
     def take_dirty(self) -> list[Block]:
         """The blocks to write, pinned until written() or failed()."""
         dirty = [block for block in self.blocks.values() if block.dirty]
@@ -262,10 +279,22 @@ class Refcounts:
         self._window = self._window_end = self._cursor = 0
         self.open_cluster = None
 
+    def replace(self, table: array[int], table_offset: int) -> None:
+        """Another table, which the header names already and whose counts may have another width, takes
+        the place of the one at `table_offset`."""
+        file = self._file
+        file.release(table_offset, max(1, len(self.table) * 8))
+        for entry in self.table:
+            if offset := entry & REFCOUNT_OFFSET_MASK:
+                file.release(offset, 1)
+        self.read_anew(table)
+
     def read_anew(self, table: array[int]) -> None:
         """The file was changed: this is its table now, and nobody has claimed any metadata."""
         self.drop()
         self.table = table
+        self._follow_width()
+        self.virgin = max(self.virgin, -(-self._file.node.size // self._file.cluster_size))
         self._claim_table()
 
     # --- counting ---------------------------------------------------------------------------
@@ -292,30 +321,27 @@ class Refcounts:
     async def add(self, cluster: int, count: int, delta: int) -> list[int]:
         """Change the counts of `count` clusters by `delta`; the clusters that are free now. All or,
         with RequestError, none."""
-        done: list[tuple[Block, range, list[int]]] = []
+        done: list[tuple[Block, int, array[int]]] = []
         freed: list[int] = []
         try:
             for first, where in self._by_block(cluster, count):
                 block = await self._block(first >> self.block_bits)
                 if block is None:
                     raise await self._out_of_range(first, 0, delta)
-                before = [block.counts[index] for index in where]
-                for index, value in zip(where, before, strict=True):
-                    if not 0 <= value + delta <= self.maximum:
-                        raise await self._out_of_range(first + index - where.start, value, delta)
-                done.append((block, where, before))
+                before = block.counts[where.start : where.stop]
+                after, wrong = _changed(before, delta, self.maximum)
+                if wrong is not None:
+                    raise await self._out_of_range(first + wrong, before[wrong], delta)
+                done.append((block, where.start, before))
                 block.pins += 1  # it stays the one that is known, if all this must be undone
                 block.dirty = True
-                for index, value in zip(where, before, strict=True):
-                    block.counts[index] = value + delta
+                block.counts[where.start : where.stop] = after
                 if delta < 0 and -delta in before:
-                    base = first - where.start
-                    freed += [base + index for index in where if not block.counts[index]]
+                    freed += [first + at for at, value in enumerate(after) if not value]
         except BaseException:
-            for block, where, before in done:
+            for block, start, before in done:
                 block.dirty = True
-                for index, value in zip(where, before, strict=True):
-                    block.counts[index] = value
+                block.counts[start : start + len(before)] = before
             raise
         finally:
             for block, _, _ in done:
@@ -342,13 +368,15 @@ class Refcounts:
             block = await self._block(first >> self.block_bits)
             if block is None:
                 raise await self._out_of_range(first, 0, -1)
-            base = first - where.start
             block.dirty = True
-            for index in where:
-                if (value := block.counts[index]) > 1:
-                    block.counts[index] = value - 1
-                else:
-                    others.append(base + index)
+            before = block.counts[where.start : where.stop]
+            value = uniform(before)
+            if value is not None and value > 1:
+                block.counts[where.start : where.stop] = _changed(before, -1, self.maximum)[0]
+                continue
+            others += [first + at for at, value in enumerate(before) if value <= 1]
+            lowered = array(before.typecode, [value - (value > 1) for value in before])
+            block.counts[where.start : where.stop] = lowered
         return others
 
     def _by_block(self, cluster: int, count: int) -> Iterator[tuple[int, range]]:
@@ -537,13 +565,29 @@ class Refcounts:
         await file.write(table_offset, pack_table(table))
         await file.flush()
         old_offset, old_clusters = file.header.refcount_table_offset, file.header.refcount_table_clusters
-        await file.lead_to(refcount_table_offset=table_offset, refcount_table_clusters=clusters)
+        await file.switch_header(refcount_table_offset=table_offset, refcount_table_clusters=clusters)
         file.release(old_offset, old_clusters << file.cluster_bits)
         self.table = table
         self.blocks.update(new)
         self.virgin = max(self.virgin, start + used)
         self._claim_table()
         self.on_free(old_offset, old_clusters, "other")
+
+
+def uniform(counts: array[int]) -> int | None:
+    """The value that all of `counts`, at least one, have; None if they differ."""
+    return counts[0] if counts == counts[:1] * len(counts) else None
+
+
+def _changed(counts: array[int], delta: int, maximum: int) -> tuple[array[int], int | None]:
+    """`counts` with `delta` added, and where the first is that this takes out of its range."""
+    value = uniform(counts)
+    if value is not None and 0 <= value + delta <= maximum:
+        return array(counts.typecode, (value + delta,)) * len(counts), None
+    for at, value in enumerate(counts):
+        if not 0 <= value + delta <= maximum:
+            return counts, at
+    return array(counts.typecode, [value + delta for value in counts]), None
 
 
 def _behind_last(table: array[int]) -> int:

@@ -32,7 +32,7 @@ async def grow_l1(image: Image, size: int) -> None:
         await file.write(run.offset, data + bytes(-len(data) % file.cluster_size))
         # The refcounts of the new table go with everything else that is dirty.
         await image.metadata.flush()
-        await file.lead_to(l1_table_offset=run.offset, l1_size=needed)
+        await file.switch_header(l1_table_offset=run.offset, l1_size=needed)
     except BaseException:
         if not file.corrupt:  # else nobody knows which table the header leads to
             await image.refcounts.give_back(run)

@@ -47,7 +47,7 @@ class Rewrite:
         image, file, refcounts = self._image, self._image.file, self._image.refcounts
         rewritten = await refcounts.rewrite(self._freed)
         await file.flush()
-        await file.lead_to(**header, refcount_table_offset=rewritten.run.offset)
+        await file.switch_header(**header, refcount_table_offset=rewritten.run.offset)
         refcounts.adopt(rewritten)
         with contextlib.suppress(OSError):  # it is advice
             for first, count in neighbours(rewritten.free):

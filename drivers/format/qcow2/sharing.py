@@ -13,7 +13,8 @@ import trio
 
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.layout import COMPRESSED, COPIED, L1_RESERVED, OFFSET_MASK, compressed_range
-from drivers.format.qcow2.refcounts import unpack_table
+from drivers.format.qcow2.refcounts import Counts, uniform, unpack_table
+from drivers.format.qcow2.stretches import ramp, stretch_end
 
 WITHOUT_COPIED = COPIED - 1
 
@@ -35,16 +36,22 @@ async def read_table(image: Image, index: int, entry: int) -> array[int]:
 def references(image: Image, entries: array[int]) -> list[tuple[int, int]]:
     """(first cluster, count) of the host clusters that the entries of an L2 table refer to; one that
     several compressed clusters share comes as often."""
-    bits = image.file.cluster_bits
+    bits, step = image.file.cluster_bits, image.mapping.step
     runs: list[tuple[int, int]] = []
     first = count = 0
-    for entry in entries[:: image.mapping.step]:
+    at, total = 0, len(entries)
+    while at < total:
+        entry = entries[at]
+        at += step
         if entry & COMPRESSED:
             offset, length = compressed_range(entry, bits)
             start, end = offset >> bits, ((offset + length - 1) >> bits) + 1
         elif entry & OFFSET_MASK:
             start = (entry & OFFSET_MASK) >> bits
             end = start + 1
+            if step == 1 and start + total < OFFSET_MASK >> bits:
+                end += stretch_end(entries, at - 1, total, 1 << bits) - at
+                at += end - start - 1
         else:
             continue
         if start == first + count:
@@ -60,7 +67,11 @@ def references(image: Image, entries: array[int]) -> list[tuple[int, int]]:
 
 def shared(image: Image, entries: array[int]) -> array[int]:
     """The entries of an L2 table of whose clusters none may be written in place."""
-    step = image.mapping.step
+    step, first, count = image.mapping.step, entries[0], len(entries)
+    size = image.file.cluster_size
+    alike = step == 1 and first & COPIED and not first & COMPRESSED
+    if alike and entries[-1] == first + (count - 1) * size and stretch_end(entries, 0, count, size) == count:
+        return ramp(first & WITHOUT_COPIED, count, size)
     out = entries[:]
     out[::step] = array(
         "Q", [entry if entry & COMPRESSED else entry & WITHOUT_COPIED for entry in entries[::step]]
@@ -82,7 +93,8 @@ class Flags:
         bits, block_bits = self._bits, self._refcounts.block_bits
         mask = (1 << block_bits) - 1
         block, counts = -1, None
-        for at in range(0, len(entries), self._step):
+        at = -self._step
+        while (at := at + self._step) < len(entries):
             entry = entries[at]
             if entry & COMPRESSED or not entry & OFFSET_MASK:
                 continue
@@ -93,7 +105,19 @@ class Flags:
                 counts = await self._refcounts.counts(block)
             single = counts is not None and counts[cluster & mask] == 1
             out[at] = entry & WITHOUT_COPIED | (COPIED if single else 0)
+            if counts is not None and self._step == 1:
+                more = self._followers(entries, at, counts, cluster & mask)
+                if more and out[at] != entry:
+                    out[at : at + 1 + more] = ramp(out[at], 1 + more, 1 << bits)
+                at += more
         return out
+
+    def _followers(self, entries: array[int], at: int, counts: Counts, first: int) -> int:
+        """How many entries go on from the one at `at`, whose cluster's count is at `first`, with the
+        same flag, and have the same count."""
+        limit = min(len(entries), at + len(counts) - first)
+        count = stretch_end(entries, at, limit, 1 << self._bits) - at
+        return count - 1 if count > 1 and uniform(counts[first : first + count]) is not None else 0
 
     async def is_single(self, offset: int) -> bool:
         return await self._refcounts.get(offset >> self._bits) == 1

@@ -11,10 +11,10 @@ import errno
 import struct
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from drivers.block.image import SnapshotInfo
 from drivers.block.node import OpenFlags
@@ -35,6 +35,8 @@ from drivers.format.qcow2.refcounts import pack_table, unpack_table
 from drivers.format.qcow2.rewriting import Rewrite, rewriting
 from drivers.format.qcow2.sharing import WITHOUT_COPIED, Flags, read_table, references, shared, used
 
+# Extra data of an entry of version 3: the size of the machine's state, and that of the disk.
+MIN_EXTRA = 16
 # Bytes of a name at most; the rest is cut off, as QEMU does it.
 MAX_NAME = 255
 _READ_SIZE = 64 << 10
@@ -192,14 +194,13 @@ class Qcow2Snapshots:
             self._disk.became(size)
 
     async def _read_l1(self, entry: SnapshotEntry) -> array[int]:
-        """The L1 table of a snapshot, as long as its disk needs it: behind that may be the state of a
-        virtual machine. Without COPIED flags."""
+        """The L1 table of a snapshot, without COPIED flags. Behind what its disk needs there may be the
+        state of a virtual machine, which stays readable there until the image is resized."""
         image = self._image
         needed = max(1, image.header.needed_l1_size(entry.disk_size))
         if needed * 8 > MAX_L1_BYTES:
             raise ImageError("Snapshot disk size is too large")
-        whole = await self._read_whole_l1(entry)
-        l1 = array("Q", [at & WITHOUT_COPIED for at in whole[:needed]])
+        l1 = array("Q", [at & WITHOUT_COPIED for at in await self._read_whole_l1(entry)])
         l1.extend([0] * (needed - len(l1)))
         return l1
 
@@ -221,7 +222,7 @@ class Qcow2Snapshots:
             async with rewriting(image) as rewrite:
                 await self._release(rewrite, await self._read_whole_l1(entry))
                 await rewrite.release(entry.l1_table_offset, entry.l1_size * 8)
-                l1 = await self._with_flags(rewrite)
+                l1 = await self._with_flags(rewrite, image.mapping.l1)
                 table = await self._write_entries(rewrite, rest)
                 await rewrite.finish(**table, **await self._write_l1(rewrite, l1))
                 await self._became(rest, l1)
@@ -235,11 +236,11 @@ class Qcow2Snapshots:
                 await rewrite.release_clusters(first, count)
             await rewrite.release(offset)
 
-    async def _with_flags(self, rewrite: Rewrite) -> array[int]:
+    async def _with_flags(self, rewrite: Rewrite, l1: array[int]) -> array[int]:
         """The active L1 table, with COPIED flags there and in the L2 tables as the refcounts are now."""
         image, flags = self._image, Flags(self._image)
-        out = image.mapping.l1[:]
-        for index, entry in used(image.mapping.l1):
+        out = l1[:]
+        for index, entry in used(l1):
             offset, entries = entry & OFFSET_MASK, await read_table(image, index, entry)
             corrected = await flags.corrected(entries)
             if corrected != entries:
@@ -248,6 +249,46 @@ class Qcow2Snapshots:
             else:
                 out[index] = offset | (COPIED if await flags.is_single(offset) else 0)
         return out
+
+    # --- changing all tables ----------------------------------------------------------------
+
+    async def l1_table(self, number: int) -> array[int]:
+        """The whole L1 table of the snapshot with that number in list()."""
+        return await self._read_whole_l1(self._entries[number])
+
+    @property
+    def complete(self) -> bool:
+        """Whether the table in the file has all that version 3 asks for."""
+        return all(len(entry.extra) >= MIN_EXTRA for entry in self._entries)
+
+    async def rewrite_table(self, **header: Any) -> None:
+        """Write the snapshot table anew, complete, together with these fields of the header."""
+        async with rewriting(self._image) as rewrite:
+            table = await self._write_entries(rewrite, self._entries)
+            await rewrite.finish(**header, **table)
+            await self._became(self._entries, self._image.mapping.l1)
+
+    def sizes(self) -> set[int]:
+        """How large the disks are."""
+        return {entry.disk_size for entry in self._entries}
+
+    async def transform(
+        self, rewrite: Rewrite, change: Callable[[array[int]], Awaitable[array[int]]], **header: Any
+    ) -> None:
+        """Let `change` make new L1 tables of those of the snapshots and of the image's own, which comes
+        last; they take effect, with these fields of the header."""
+        entries: list[SnapshotEntry] = []
+        for entry in self._entries:
+            old = await self._read_whole_l1(entry)
+            l1 = await change(old)
+            if l1 != old:
+                await rewrite.release(entry.l1_table_offset, entry.l1_size * 8)
+                entry = replace(entry, l1_table_offset=await rewrite.write(pack_table(l1)))
+            entries.append(entry)
+        l1 = await self._with_flags(rewrite, await change(self._image.mapping.l1))
+        table = {} if tuple(entries) == self._entries else await self._write_entries(rewrite, entries)
+        await rewrite.finish(**header, **table, **await self._write_l1(rewrite, l1))
+        await self._became(entries, l1)
 
     # --- reading ----------------------------------------------------------------------------
 

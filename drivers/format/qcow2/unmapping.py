@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 
 import trio
@@ -15,7 +16,7 @@ from drivers.format.qcow2.layout import (
     SUBCLUSTERS,
     ZERO,
 )
-from drivers.format.qcow2.mapping import HOLE, RESERVED, RESERVED_ZERO, ZEROED, Slice
+from drivers.format.qcow2.mapping import HOLE, RESERVED, RESERVED_ZERO, ZEROED
 from drivers.format.qcow2.writing import Writer
 
 # (old L2 entry, old subcluster bitmap) -> the new ones.
@@ -32,7 +33,10 @@ class Unmapper:
         self._writer = writer
         self._bits = image.mapping.cluster_bits
         self._mask = image.mapping.cluster_size - 1
-        self._v3 = image.header.version >= 3
+
+    @property
+    def _v3(self) -> bool:
+        return self._image.header.version >= 3
 
     # --- zeroes -----------------------------------------------------------------------------
 
@@ -176,37 +180,30 @@ class Unmapper:
             first = stop
 
     async def _change_slice(self, first: int, last: int, change: Change, why: str) -> None:
-        mapping = self._mapping
+        mapping, step = self._mapping, self._mapping.step
         index = first >> mapping.slice_bits
-        found = await mapping.load(index)
-        if not self._changes(found, first, last, change):
+        start = (first & mapping.slice_mask) * step
+        stop = start + (last - first) * step
+        old = (await mapping.load(index)).entries[start:stop]
+        new = self._changed(old, change)
+        if new == old:
             return  # in particular, no L2 table is made for what has none
         found = await mapping.pin(index)
         try:
-            step = mapping.step
-            for cluster in range(first, last):
-                at = (cluster & mapping.slice_mask) * step
-                entry = found.entries[at]
-                bitmap = found.entries[at + 1] if step == 2 else 0
-                new, new_bitmap = change(entry, bitmap)
-                if (new, new_bitmap) == (entry, bitmap):
-                    continue
-                found.entries[at] = new
-                if step == 2:
-                    found.entries[at + 1] = new_bitmap
-                found.dirty = True
-                if not new & OFFSET_MASK:
-                    self._writer.drop(entry, why)
+            found.entries[start:stop] = new
+            found.dirty = True
         finally:
             found.pins -= 1
+        if any(old[::step]):
+            for entry, changed in zip(old[::step], new[::step], strict=True):
+                if not changed & OFFSET_MASK:
+                    self._writer.drop(entry, why)
 
-    def _changes(self, found: Slice, first: int, last: int, change: Change) -> bool:
-        mapping, step = self._mapping, self._mapping.step
-        if found is mapping.empty:
-            return change(0, 0) != (0, 0)
-        for cluster in range(first, last):
-            at = (cluster & mapping.slice_mask) * step
-            old = found.entries[at], found.entries[at + 1] if step == 2 else 0
-            if change(*old) != old:
-                return True
-        return False
+    def _changed(self, entries: array[int], change: Change) -> array[int]:
+        step = self._mapping.step
+        if step == 1:
+            if entries.count(entries[0]) == len(entries):  # as in a stretch that was never written
+                return array("Q", (change(entries[0], 0)[0],)) * len(entries)
+            return array("Q", (change(entry, 0)[0] for entry in entries))
+        pairs = zip(entries[::2], entries[1::2], strict=True)
+        return array("Q", (value for pair in pairs for value in change(*pair)))

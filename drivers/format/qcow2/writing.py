@@ -21,7 +21,6 @@ from drivers.format.qcow2.layout import (
     COPIED,
     OFFSET_MASK,
     SUBCLUSTERS,
-    ZERO,
     compressed_entry,
 )
 from drivers.format.qcow2.mapping import HOLE, RESERVED, RESERVED_ZERO, ZEROED, Slice
@@ -56,7 +55,6 @@ class Writer:
         self._reader = reader
         self._bits = image.mapping.cluster_bits
         self._mask = image.mapping.cluster_size - 1
-        self._v3 = image.header.version >= 3
         # Where the next compressed cluster goes, if it goes on in refcounts.open_cluster.
         self._compressed_end = 0
         self._packing = trio.Lock()
@@ -78,7 +76,7 @@ class Writer:
             host, length = self._in_place(found, at, end)
             if length:
                 await self._check_behind_end(host + length)
-                await self._put(host, at, data[done : done + length])
+                await self.put(host, at, data[done : done + length])
             else:
                 length = await self._write_allocating(at, data[done:])
             done += length
@@ -98,7 +96,7 @@ class Writer:
             stop = min(end, (offset | self._mask) + 1)
             if mapping.extended:
                 stop = self._allocated_until(found.entries[index + 1], offset, stop)
-            elif entry & ZERO and self._v3:
+            elif entry & mapping.zero_flag:
                 break
             if stop == offset or (offset != start and here != host + length):
                 break
@@ -143,7 +141,7 @@ class Writer:
         next_data = (later & -later).bit_length() - 1
         return min(stop, (offset & ~self._mask) + (next_data << self._mapping.sub_bits))
 
-    async def _put(self, host: int, guest: int, data: memoryview) -> None:
+    async def put(self, host: int, guest: int, data: memoryview) -> None:
         """Write guest data to their place in the host file."""
         image = self._image
         if not image.external and image.file.overlap(host, len(data)) is not None:
@@ -221,15 +219,15 @@ class Writer:
         head = await self._before(start, offset, target)
         tail = await self._before(end, stop, target)
         if not head and not tail:
-            await self._put(host + offset - start, offset, data)
+            await self.put(host + offset - start, offset, data)
         elif len(data) <= 1 << 20:
             joined = memoryview(b"".join((head, data, tail)))
-            await self._put(host + offset - start - len(head), offset - len(head), joined)
+            await self.put(host + offset - start - len(head), offset - len(head), joined)
         else:
-            await self._put(host + offset - start, offset, data)
+            await self.put(host + offset - start, offset, data)
             for at, part in ((offset - len(head), head), (end, tail)):
                 if part:
-                    await self._put(host + at - start, at, memoryview(part))
+                    await self.put(host + at - start, at, memoryview(part))
         return start, stop
 
     async def _before(self, start: int, end: int, target: Target) -> bytes | bytearray:

@@ -226,8 +226,7 @@ class FileNode(Node):
             await self._aio.stop()
             await self._run(self._aio.close)
         try:
-            if self._grown:
-                await self._run(self._settle)
+            await self._run(self._settle)
         finally:
             await self._run(self._file.close)
 

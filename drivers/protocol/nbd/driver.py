@@ -9,7 +9,7 @@ from dataclasses import replace
 from drivers.block.extents import Extent, ExtentFlags
 from drivers.block.graph import OpenContext
 from drivers.block.limits import Limits
-from drivers.block.node import MAX_EXTENTS, Node, OpenFlags
+from drivers.block.node import MAX_EXTENTS, Node, OpenFlags, Preallocation
 from drivers.errors import OptionError, RequestError
 from drivers.options.address import take_server
 from drivers.options.schema import Options
@@ -125,6 +125,9 @@ class NbdNode(Node):
             extents.append(Extent(run, flags, host_offset=offset))
             offset += run
         return extents
+
+    async def _truncate(self, size: int, /, *, preallocation: Preallocation) -> None:
+        raise RequestError(errno.ENOTSUP, f"Cannot {'grow' if size > self.size else 'resize'} NBD nodes")
 
     async def _close(self) -> None:
         await self._server.aclose()
