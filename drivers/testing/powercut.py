@@ -8,13 +8,14 @@ the states it went through since, whatever became of its neighbours.
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import trio
 
-from drivers.block.extents import Extent, ExtentFlags
+from drivers.block.extents import Extent, ExtentFlags, Span
 from drivers.block.node import Node, OpenFlags, Preallocation
 
 SECTOR = 512
@@ -232,3 +233,53 @@ def _some(chance: random.Random, choices: list[int], turn: int) -> list[int]:
     if turn % 3 == 0 and chance.random() < 0.7:
         picks[-1] = last[-1]
     return picks
+
+
+class PlainPowerCutNode(PowerCutNode):
+    """One whose bytes can be read and written where they lie, in a file in memory: what is written so
+    is noticed, and journalled, at the next thing that happens. As the node contract demands it, nobody
+    waits between plain_write() and the write."""
+
+    def __init__(self, content: bytes, *, flags: OpenFlags | None = None, name: str = "powercut") -> None:
+        super().__init__(content, flags=flags, name=name)
+        self._fd = os.memfd_create(name)
+        os.pwrite(self._fd, content, 0)
+        self._lent: list[tuple[int, int]] = []
+
+    def _plain(self, offset: int, length: int, /) -> list[Span]:
+        return [(self._fd, offset, length)]
+
+    def _plain_write(self, offset: int, length: int, /) -> list[Span]:
+        self._notice()
+        self._lent.append((offset, length))
+        return [(self._fd, offset, length)]
+
+    async def _read_into(self, offset: int, buffer: memoryview, /) -> None:
+        await super()._read_into(offset, buffer)
+        self._notice()
+        buffer[:] = self.content[offset : offset + len(buffer)]
+
+    async def _close(self) -> None:
+        self._notice()
+        os.close(self._fd)
+        self._fd = -1
+
+    @property
+    def position(self) -> int:
+        self._notice()
+        return super().position
+
+    def _notice(self) -> None:
+        lent, self._lent = self._lent, []
+        for offset, length in lent:
+            data = os.pread(self._fd, length, offset)
+            if data != self.content[offset : offset + length]:
+                super()._happens(Write(offset, length, data))
+
+    def _happens(self, event: Event) -> None:
+        self._notice()
+        super()._happens(event)
+        if isinstance(event, Write):
+            os.pwrite(self._fd, event.data or bytes(event.length), event.offset)
+        elif isinstance(event, Resize):
+            os.ftruncate(self._fd, event.size)

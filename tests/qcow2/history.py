@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,17 +47,25 @@ class History:
         self._moment += 1
         return self._moment
 
-    async def write(self, offset: int, data: bytes, *, zeroes: bool = False) -> None:
+    async def write(self, offset: int, data: bytes, *, zeroes: bool = False, inline: bool = False) -> None:
+        """`inline`: as the server does, where the bytes lie or with what is at hand, if it can be."""
         assert not offset % SECTOR
         assert not len(data) % SECTOR
         entry = _Write(self._position(), self._next(), offset // SECTOR, data)
         self._writes.append(entry)
         if zeroes:
             await self.node.write_zeroes(offset, len(data))
-        else:
+        elif not (inline and self._write_now(offset, data)):
             await self.node.write(offset, data)
         entry.end = self._next()
         self.content[offset : offset + len(data)] = data
+
+    def _write_now(self, offset: int, data: bytes) -> bool:
+        spans = self.node.plain_write(offset, len(data))
+        if spans is None or len(spans) != 1:
+            return spans is None and self.node.write_now(offset, memoryview(data))
+        fd, position, length = spans[0]
+        return os.pwrite(fd, data, position) == length
 
     async def zero(self, offset: int, length: int) -> None:
         await self.write(offset, bytes(length), zeroes=True)

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,10 @@ import trio
 import nbdclient
 from drivers.block.image import ImageNode
 from drivers.errors import Error
+from drivers.options.schema import Value
 from drivers.testing.memory import MemoryNode
 from drivers.testing.model import contents
-from drivers.testing.powercut import PowerCutNode
+from drivers.testing.powercut import PlainPowerCutNode, PowerCutNode
 from tests.interop.programs import Server, Servers
 from tests.interop.test_fio import fio
 from tests.qcow2.history import History
@@ -46,16 +47,17 @@ Scenario = Callable[[History, ImageNode, random.Random], Awaitable[None]]
 class Crash:
     """A scenario on a disk that loses power, played once; then the power is cut everywhere."""
 
-    def __init__(self, tmp_path: Path, options: str, seed: int) -> None:
+    def __init__(self, tmp_path: Path, options: str, seed: int, *, plain: bool = False) -> None:
         self.options = options
         self.seed = seed
         self.lazy = "lazy_refcounts=on" in options
         self.directory = tmp_path
         blank = create(tmp_path / "blank.qcow2", SIZE, options)
-        self.disk = PowerCutNode(blank.read_bytes())
+        kind = PlainPowerCutNode if plain else PowerCutNode
+        self.disk = kind(blank.read_bytes())
 
-    async def play(self, scenario: Scenario) -> History:
-        async with opened_over(self.disk) as node:
+    async def play(self, scenario: Scenario, options: Mapping[str, Value] | None = None) -> History:
+        async with opened_over(self.disk, options=options) as node:
             history = History(node, bytes(SIZE), lambda: self.disk.position)
             await scenario(history, node, random.Random(self.seed))
             return history
@@ -118,6 +120,59 @@ async def requests(history: History, node: ImageNode, chance: random.Random) -> 
                 nursery.start_soon(history.flush)
         if chance.random() < 0.4:
             await history.flush()
+
+
+TASKS = 4
+
+
+async def side_by_side(history: History, node: ImageNode, chance: random.Random) -> None:
+    """Guests that write as the server does, and others, into the same clusters but other blocks of
+    them; snapshots and bitmaps come and go meanwhile."""
+    await node.add_bitmap("dirty", 4096)
+
+    async def guest(mine: int, seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(25):
+            offset = (rng.randrange(SIZE // 2048 // TASKS) * TASKS + mine) * 2048
+            data = bytes((rng.randrange(1, 256),)) * rng.choice((512, 1024, 2048))
+            roll = rng.random()
+            if roll < 0.7:
+                await history.write(offset, data, inline=roll < 0.5)
+            elif roll < 0.8:
+                await history.zero(offset, 2048)
+            elif roll < 0.9:
+                await history.flush()
+            else:
+                await trio.lowlevel.checkpoint()
+
+    async def keeper() -> None:
+        assert node.snapshots is not None
+        for turn in range(4):
+            for _ in range(20):
+                await trio.lowlevel.checkpoint()
+            await node.snapshots.create(f"turn {turn}")
+            if turn % 2:
+                await node.snapshots.delete(f"turn {turn - 1}")
+        await node.remove_bitmap("dirty")
+
+    async with trio.open_nursery() as nursery:
+        for mine in range(TASKS):
+            nursery.start_soon(guest, mine, chance.randrange(1 << 30))
+        nursery.start_soon(keeper)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["inline", "requests"])
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("options", OPTIONS[1:])
+async def test_the_power_fails_under_many_requests(
+    tmp_path: Path, options: str, seed: int, plain: bool
+) -> None:
+    """With caches as small as they can be: tables are written and read again all the time."""
+    crash = Crash(tmp_path, options, seed, plain=plain)
+    tiny: dict[str, Value] = {"l2-cache-size": 1024, "l2-cache-entry-size": 512}
+    history = await crash.play(side_by_side, tiny)
+    for position, state in crash.states():
+        await crash.check(history, state, position)
 
 
 async def with_snapshots(history: History, node: ImageNode, chance: random.Random) -> None:

@@ -115,7 +115,10 @@ class Qcow2Node(ImageNode):
 
     async def _repair_dirty(self) -> None:
         """Whoever wrote last with lazy refcounts did not come to an end: count anew."""
-        report = await self.check(Repair.ALL)
+        try:
+            report = await self.check(Repair.ALL)
+        except OSError as error:
+            raise ImageError(f"qcow2: Could not repair dirty image: {error.strerror}") from None
         if report.check_errors or report.corruptions:
             raise ImageError("qcow2: Could not repair dirty image")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+import trio
+
 from drivers.errors import RequestError
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK
@@ -57,17 +59,20 @@ async def resize(image: Image, unmapper: Unmapper, size: int) -> None:
         await unmapper.forget(first, last)
         await _drop_tables(image, size)
         await image.metadata.flush()
-        await file.update_header(size=size)
     else:
         await grow_l1(image, size)
         await _hide(image, unmapper, size)
         # Else a power cut may show what was hidden.
         await image.metadata.flush()
-        await file.update_header(size=size)
-    if image.header.raw_data_file:
-        await image.data.truncate(size)
-    await file.flush()
-    image.size = size
+    with trio.CancelScope(shield=True):
+        # The header and we are of one mind about the size; a data file is never the shorter one.
+        raw, grows = image.header.raw_data_file, size > image.size
+        if raw and grows:
+            await image.data.truncate(size)
+        await file.lead_to(size=size)
+        image.size = size
+        if raw and not grows:
+            await image.data.truncate(size)
 
 
 async def _hide(image: Image, unmapper: Unmapper, size: int) -> None:
