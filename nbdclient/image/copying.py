@@ -219,8 +219,8 @@ class Copy:
                 await self._pace.wait(job.length)
             nothing = job.kind is Kind.BACKING or (job.kind is Kind.ZERO and self._target.is_zero)
             if not nothing:
-                alone = job.plain and not (self._identity and job.length >= STEP)
-                if not (alone and await self._copy_placing(job)):
+                shared = self._identity and (self._offload or job.length >= STEP)
+                if shared or not (job.plain and await self._copy_placing(job)):
                     return job
             self._finish(job)
         return None

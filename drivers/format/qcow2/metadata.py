@@ -20,10 +20,11 @@ from typing import NamedTuple
 import trio
 
 from drivers.block.requests import RequestTracker
+from drivers.format.qcow2.counts import pack_counts
 from drivers.format.qcow2.header import Compatible, Incompatible
 from drivers.format.qcow2.imagefile import ImageFile
 from drivers.format.qcow2.mapping import Mapping
-from drivers.format.qcow2.refcounts import Block, Refcounts, neighbours, pack_counts
+from drivers.format.qcow2.refcounts import Block, Refcounts, neighbours
 
 # So many dropped references wait at most before they are dealt with.
 MAX_FREED = 4096

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import trio
 
@@ -20,6 +22,16 @@ from drivers.format.qcow2.mapping import DATA, DEFLATED, HOLE, INVALID, RESERVED
 MAX_PIECES = 256
 # Decompressed clusters that are kept, for readers with requests smaller than a cluster.
 KEPT_CLUSTERS = 4
+# Compressed clusters that one thread deals with at a time, since handing them over takes its time, too.
+MAX_PACKED = 8
+
+
+class Packed(NamedTuple):
+    """`part` takes the guest's bytes from `offset` on, of the cluster behind the descriptor `entry`."""
+
+    entry: int
+    offset: int
+    part: memoryview
 
 
 class Reader:
@@ -103,11 +115,18 @@ class Reader:
         while done < len(buffer):
             pieces = await self._mapping.describe(offset + done, offset + len(buffer), most=MAX_PIECES)
             jobs: list[Callable[[], Awaitable[None]]] = []
+            packed: list[Packed] = []
             for piece in pieces:
                 part = buffer[done : done + piece.length]
-                if not self._read_now(piece, offset + done, part):
+                if piece.kind == DEFLATED:
+                    packed.append(Packed(piece.host, offset + done, part))
+                elif not self._read_now(piece, offset + done, part):
                     jobs.append(self._job(piece, offset + done, part))
                 done += piece.length
+            jobs += [
+                partial(self._read_compressed, packed[at : at + MAX_PACKED])
+                for at in range(0, len(packed), MAX_PACKED)
+            ]
             if jobs:
                 await together(jobs)
 
@@ -123,16 +142,12 @@ class Reader:
                 return False
             part[reach:] = bytes(len(part) - reach)
             return True
-        if piece.kind == DEFLATED:
-            return False
         part[:] = bytes(len(part))
         return True
 
     def _job(self, piece: Piece, offset: int, part: memoryview) -> Callable[[], Awaitable[None]]:
         if piece.kind == DATA:
             return lambda: self._read_data(piece.host, offset, part)
-        if piece.kind == DEFLATED:
-            return lambda: self._read_compressed(piece.host, offset, part)
         return lambda: self._read_backing(offset, part)
 
     async def _read_data(self, host: int, offset: int, part: memoryview) -> None:
@@ -150,9 +165,23 @@ class Reader:
             await image.backing.read_into(offset, part[:reach])
         part[reach:] = bytes(len(part) - reach)
 
-    async def _read_compressed(self, entry: int, offset: int, part: memoryview) -> None:
-        inside = offset & self._mask
-        part[:] = (await self.inflate(entry))[inside : inside + len(part)]
+    async def _read_compressed(self, group: list[Packed]) -> None:
+        if len(group) == 1:
+            entry, offset, part = group[0]
+            inside = offset & self._mask
+            part[:] = (await self.inflate(entry))[inside : inside + len(part)]
+            return
+        # Whoever reads so much in one go does not come back for the rest: nothing is kept.
+        image = self._image
+        found = [await image.file.read(*compressed_range(entry, self._bits)) for entry, _, _ in group]
+        kind, size = image.header.compression_type, self._mask + 1
+
+        def fill() -> None:
+            for (_, offset, part), data in zip(group, found, strict=True):
+                inside = offset & self._mask
+                part[:] = decompress(data, size, kind)[inside : inside + len(part)]
+
+        await trio.to_thread.run_sync(fill, limiter=image.threads)
 
     async def inflate(self, entry: int) -> bytes:
         """The cluster behind the compressed descriptor `entry`."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import trio
 
 from drivers.errors import RequestError
+from drivers.format.qcow2.counts import Counts, changed, pack_counts, uniform, unpack_counts
 from drivers.format.qcow2.imagefile import ImageFile
 from drivers.format.qcow2.layout import (
     MAX_HOST_OFFSET,
@@ -24,64 +25,6 @@ from drivers.format.qcow2.layout import (
 
 # A stretch of free clusters that is taken in hand at once ends after so many.
 MAX_WINDOW = 8192
-
-_TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
-
-
-class Packed(MutableSequence[int]):
-    """Counts narrower than a byte, the lowest bits first."""
-
-    def __init__(self, data: bytes | bytearray, order: int) -> None:
-        self.data = bytearray(data)
-        self._order = order
-        self._mask = (1 << (1 << order)) - 1
-        self._per_byte = 3 - order
-
-    def __len__(self) -> int:
-        return len(self.data) << self._per_byte
-
-    def _place(self, index: int) -> tuple[int, int]:
-        return index >> self._per_byte, (index & ((1 << self._per_byte) - 1)) << self._order
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        if isinstance(index, slice):
-            return array("B", [self[at] for at in range(*index.indices(len(self)))])
-        byte, shift = self._place(index)
-        return self.data[byte] >> shift & self._mask
-
-    def __setitem__(self, index, value) -> None:  # type: ignore[no-untyped-def]
-        if isinstance(index, slice):
-            for at, single in zip(range(*index.indices(len(self))), value, strict=True):
-                self[at] = single
-            return
-        byte, shift = self._place(index)
-        self.data[byte] = self.data[byte] & ~(self._mask << shift) | value << shift
-
-    def __delitem__(self, index) -> None:  # type: ignore[no-untyped-def]
-        raise TypeError("a refcount block has a fixed length")
-
-    def insert(self, index: int, value: int) -> None:
-        raise TypeError("a refcount block has a fixed length")
-
-
-Counts: TypeAlias = "array[int] | Packed"
-
-
-def unpack_counts(data: bytes | bytearray, order: int) -> Counts:
-    """The counts of a refcount block."""
-    if order < 3:
-        return Packed(data, order)
-    counts = array(_TYPECODES[order], bytes(data))
-    counts.byteswap()
-    return counts
-
-
-def pack_counts(counts: Counts) -> bytes:
-    if isinstance(counts, Packed):
-        return bytes(counts.data)
-    swapped = counts[:]
-    swapped.byteswap()
-    return swapped.tobytes()
 
 
 class Block:
@@ -329,7 +272,7 @@ class Refcounts:
                 if block is None:
                     raise await self._out_of_range(first, 0, delta)
                 before = block.counts[where.start : where.stop]
-                after, wrong = _changed(before, delta, self.maximum)
+                after, wrong = changed(before, delta, self.maximum)
                 if wrong is not None:
                     raise await self._out_of_range(first + wrong, before[wrong], delta)
                 done.append((block, where.start, before))
@@ -372,7 +315,7 @@ class Refcounts:
             before = block.counts[where.start : where.stop]
             value = uniform(before)
             if value is not None and value > 1:
-                block.counts[where.start : where.stop] = _changed(before, -1, self.maximum)[0]
+                block.counts[where.start : where.stop] = changed(before, -1, self.maximum)[0]
                 continue
             others += [first + at for at, value in enumerate(before) if value <= 1]
             lowered = array(before.typecode, [value - (value > 1) for value in before])
@@ -572,22 +515,6 @@ class Refcounts:
         self.virgin = max(self.virgin, start + used)
         self._claim_table()
         self.on_free(old_offset, old_clusters, "other")
-
-
-def uniform(counts: array[int]) -> int | None:
-    """The value that all of `counts`, at least one, have; None if they differ."""
-    return counts[0] if counts == counts[:1] * len(counts) else None
-
-
-def _changed(counts: array[int], delta: int, maximum: int) -> tuple[array[int], int | None]:
-    """`counts` with `delta` added, and where the first is that this takes out of its range."""
-    value = uniform(counts)
-    if value is not None and 0 <= value + delta <= maximum:
-        return array(counts.typecode, (value + delta,)) * len(counts), None
-    for at, value in enumerate(counts):
-        if not 0 <= value + delta <= maximum:
-            return counts, at
-    return array(counts.typecode, [value + delta for value in counts]), None
 
 
 def _behind_last(table: array[int]) -> int:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 import trio
 
+from drivers.format.qcow2.counts import Counts, uniform
 from drivers.format.qcow2.image import Image
 from drivers.format.qcow2.layout import COMPRESSED, COPIED, L1_RESERVED, OFFSET_MASK, compressed_range
-from drivers.format.qcow2.refcounts import Counts, uniform, unpack_table
+from drivers.format.qcow2.refcounts import unpack_table
 from drivers.format.qcow2.stretches import ramp, stretch_end
 
 WITHOUT_COPIED = COPIED - 1
