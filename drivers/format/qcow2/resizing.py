@@ -69,7 +69,7 @@ async def resize(image: Image, unmapper: Unmapper, size: int) -> None:
         raw, grows = image.header.raw_data_file, size > image.size
         if raw and grows:
             await image.data.truncate(size)
-        await file.lead_to(size=size)
+        await file.switch_header(size=size)
         image.size = size
         if raw and not grows:
             await image.data.truncate(size)
