@@ -57,7 +57,8 @@ class Reader:
         if image.crypt is not None:
             return None
         first, last = offset >> self._bits, (offset + length - 1) >> self._bits
-        found = mapping.slices.get(first >> self._slice_bits)
+        index = first >> self._slice_bits
+        found = mapping.slices.get(index) or mapping.slice_now(index)
         if found is not None and not mapping.extended:
             # Most requests lie in one cluster, or in neighbours that are neighbours in the file too.
             found.used = True
@@ -72,6 +73,15 @@ class Reader:
                 host += offset & self._mask
                 if host + length <= image.data.size:
                     return self._data_plain(host, length)
+            backing = image.backing
+            if (
+                not entry
+                and backing is not None
+                and (first == last or not any(found.entries[at : at + last - first + 1]))
+                and last >> self._slice_bits == index
+                and offset + length <= backing.size
+            ):
+                return backing.plain(offset, length)
         pieces: list[Piece] = []
         if mapping.pieces(offset, offset + length, pieces) != offset + length:
             return None
