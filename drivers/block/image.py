@@ -18,6 +18,10 @@ from drivers.errors import OptionError, RequestError
 from drivers.options.schema import Options, Value
 
 
+class RebaseNeededError(OptionError):
+    """Another backing file is the business of rebase."""
+
+
 class CreateOption(NamedTuple):
     """An option of create(), as `-o help` shows it. `default` as a user would write it.
 

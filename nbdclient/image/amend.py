@@ -68,8 +68,9 @@ def _check_amends(driver: object) -> None:
 
 
 async def _amend(images: Images, given: Given, options: str, progress: ProgressReport) -> None:
-    from drivers.block.image import ImageNode
+    from drivers.block.image import ImageNode, RebaseNeededError
     from drivers.options.schema import Options
+    from nbdclient.image.__main__ import PROGRAM
     from nbdclient.image.session import RESIZING, cache_flags
 
     flags = cache_flags(given.values.get("cache", "writeback"))
@@ -83,7 +84,10 @@ async def _amend(images: Images, given: Given, options: str, progress: ProgressR
     assert isinstance(node, ImageNode)
     tree = _tree(node, options)
     taken = Options(tree, owner=node.driver_name)
-    await node.amend(taken, progress=progress.update, force="force" in given)
+    try:
+        await node.amend(taken, progress=progress.update, force="force" in given)
+    except RebaseNeededError as error:
+        raise OptionError(f"{error}\nYou can use '{PROGRAM} rebase' instead.") from None
     taken.finish()
 
 

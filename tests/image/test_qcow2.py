@@ -172,3 +172,7 @@ def test_measuring_bitmaps_of_a_vast_image(both):
         "sys.exit(int(peak.split()[1]) > 200 << 10)\n"
     )
     assert run((sys.executable, "-c", script), [], both.ours)[0] == 0
+
+
+def test_amending_the_backing_file_leads_to_rebase(both):
+    both.agree("create -q -f qcow2 disk.qcow2 1M", "amend -o backing_file=base disk.qcow2")

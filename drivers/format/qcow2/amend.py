@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from drivers.block.image import Progress
+from drivers.block.image import Progress, RebaseNeededError
 from drivers.errors import ImageError, OptionError, RequestError
 from drivers.format.qcow2.downgrading import Downgrade, check_downgrade
 from drivers.format.qcow2.header import FULL_LENGTH, Autoclear, Compatible, CryptMethod, Header
@@ -100,7 +100,7 @@ def _take(options: Options, header: Header) -> _Wanted:
         )
     backing = options.string("backing_file", None), options.string("backing_fmt", None)
     if backing != (None, None):
-        raise OptionError("Cannot amend the backing file")
+        raise RebaseNeededError("Cannot amend the backing file")
     return _Wanted(
         version=version,
         refcount_order=order,
