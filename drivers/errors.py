@@ -6,6 +6,7 @@ Bytes from a peer or from an image may raise only the first three. Anything else
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 
 class Error(Exception):
@@ -40,3 +41,19 @@ class OptionError(Error):
 
 class InUseError(OptionError):
     """Somebody else's use of the image does not agree with ours."""
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """What an error is made of: itself, or all that a group holds."""
+    if isinstance(error, BaseExceptionGroup):
+        for below in error.exceptions:
+            yield from leaves(below)
+    else:
+        yield error
+
+
+def in_words(error: BaseException) -> str:
+    """An error in words; those of the system are named by file and reason, not by number."""
+    if isinstance(error, OSError) and not isinstance(error, Error):
+        return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+    return str(error)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 
-from drivers.errors import Error
+from drivers.errors import Error, in_words, leaves
 from drivers.options.argv import UsageError
 from nbdserve import __version__
 from nbdserve.cli.nbd import Answer, ArgumentCountError, parse
@@ -32,13 +31,13 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except (Error, OSError) as error:
-        _complain(_line(error))
+        _complain(in_words(error))
     except BaseExceptionGroup as group:
         # trio's nurseries wrap what went wrong inside them.
-        leaves = list(_leaves(group))
-        if not all(isinstance(leaf, Error | OSError) for leaf in leaves):
+        causes = list(leaves(group))
+        if not all(isinstance(cause, Error | OSError) for cause in causes):
             raise
-        _complain(_line(leaves[0]))
+        _complain(in_words(causes[0]))
     return 1
 
 
@@ -72,21 +71,6 @@ def _answer(question: Answer) -> int:
 
         print("\n".join(sorted(EVENTS)))
     return 0
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for below in error.exceptions:
-            yield from _leaves(below)
-    else:
-        yield error
-
-
-def _line(error: BaseException) -> str:
-    """An error in words; those of the system are named by file and reason, not by number."""
-    if isinstance(error, OSError) and not isinstance(error, Error):
-        return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-    return str(error)
 
 
 def _complain(message: str) -> None:

@@ -19,6 +19,7 @@ from struct import Struct
 
 import trio
 
+from drivers.block.transfer import write_full
 from drivers.errors import ProtocolError
 from drivers.net.stream import Stream
 from drivers.wire.nbd import messages
@@ -480,7 +481,7 @@ class Connection:
             return
         began = time.perf_counter()
         try:
-            _write_all(spans[0][0], data, spans[0][1])
+            write_full(spans[0][0], spans[0][1], data)
         finally:
             pace.note(time.perf_counter() - began)
 
@@ -493,10 +494,3 @@ def _pages(length: int) -> mmap.mmap:
 
 def _nothing(offset: int, length: int, /) -> None:
     """A plain() that leaves every request to the slow path."""
-
-
-def _write_all(fd: int, data: memoryview, position: int) -> None:
-    while data:
-        count = os.pwrite(fd, data, position)
-        data = data[count:]
-        position += count

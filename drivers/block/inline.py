@@ -7,6 +7,7 @@ import time
 
 from drivers.block.node import Node
 from drivers.block.pace import Pace
+from drivers.block.transfer import write_full
 
 
 def read_now(node: Node, offset: int, buffer: memoryview) -> bool:
@@ -44,15 +45,8 @@ def write_now(node: Node, offset: int, data: memoryview, pace: Pace) -> bool:
     try:
         start = 0
         for fd, position, length in spans:
-            _write_all(fd, data[start : start + length], position)
+            write_full(fd, position, data[start : start + length])
             start += length
     finally:
         pace.note(time.perf_counter() - began)
     return True
-
-
-def _write_all(fd: int, data: memoryview, position: int) -> None:
-    while data:
-        put = os.pwrite(fd, data, position)
-        data = data[put:]
-        position += put

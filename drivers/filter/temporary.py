@@ -6,7 +6,6 @@ plain; a byte for each cluster tells which of the two has it.
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,8 @@ import trio
 from drivers.block.extents import Extent, ExtentFlags, Span
 from drivers.block.node import Node, OpenFlags
 from drivers.block.permission import ALL, Permission
-from drivers.errors import OptionError, RequestError
+from drivers.block.transfer import read_full, write_full
+from drivers.errors import OptionError
 
 # The unit of copying up.
 CLUSTER_SIZE = 64 << 10
@@ -102,14 +102,14 @@ class TemporaryOverlay(Node):
         for start, run, written in self._runs(offset, len(buffer)):
             part = buffer[start - offset : start - offset + run]
             if written:
-                await trio.to_thread.run_sync(_read_all, self._file, part, start)
+                await trio.to_thread.run_sync(read_full, self._file, start, part)
             else:
                 await self._base.read_into(start, part)
 
     async def _write(self, offset: int, data: memoryview, /, *, fua: bool) -> None:
         async with self._copying:
             await self._copy_edges(offset, offset + len(data))
-            await trio.to_thread.run_sync(_write_all, self._file, data, offset)
+            await trio.to_thread.run_sync(write_full, self._file, offset, data)
             first, last = offset // CLUSTER_SIZE, (offset + len(data) - 1) // CLUSTER_SIZE
             self._written[first : last + 1] = b"\1" * (last + 1 - first)
 
@@ -122,7 +122,7 @@ class TemporaryOverlay(Node):
             if left < right and not self._written[left // CLUSTER_SIZE]:
                 copy = memoryview(bytearray(right - left))
                 await self._base.read_into(left, copy)
-                await trio.to_thread.run_sync(_write_all, self._file, copy, left)
+                await trio.to_thread.run_sync(write_full, self._file, left, copy)
 
     async def _block_status(self, offset: int, length: int, /) -> list[Extent]:
         start, run, written = next(self._runs(offset, length))
@@ -133,19 +133,3 @@ class TemporaryOverlay(Node):
 
     async def _close(self) -> None:
         os.close(self._file)
-
-
-def _read_all(file: int, buffer: memoryview, offset: int) -> None:
-    while buffer:
-        count = os.preadv(file, (buffer,), offset)
-        if not count:
-            raise RequestError(errno.EIO, "the temporary file is too short")
-        buffer = buffer[count:]
-        offset += count
-
-
-def _write_all(file: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(file, data, offset)
-        data = data[count:]
-        offset += count

@@ -6,10 +6,10 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
-from drivers.errors import Error
+from drivers.errors import Error, in_words, leaves
 from drivers.options.argv import Opt, UsageError
 
 # QEMU's test suite says by this which name it expects in messages.
@@ -44,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Error, OSError) as error:
         complain(in_words(error))
     except BaseExceptionGroup as group:
-        leaves = list(_leaves(group))
-        if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
+        causes = list(leaves(group))
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
             return INTERRUPTED
-        if not all(isinstance(leaf, Error | OSError) for leaf in leaves):
+        if not all(isinstance(cause, Error | OSError) for cause in causes):
             raise
-        complain(in_words(leaves[0]))
+        complain(in_words(causes[0]))
     return 1
 
 
@@ -93,21 +93,6 @@ def _load(command: str) -> ModuleType:
     gc.freeze()
     gc.enable()
     return module
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for below in error.exceptions:
-            yield from _leaves(below)
-    else:
-        yield error
-
-
-def in_words(error: BaseException) -> str:
-    """An error in words; those of the system are named by file and reason, not by number."""
-    if isinstance(error, OSError) and not isinstance(error, Error):
-        return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-    return str(error)
 
 
 def complain(message: str) -> None:

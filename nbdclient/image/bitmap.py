@@ -59,7 +59,7 @@ def _check(given: Given, actions: list[tuple[str, str]]) -> None:
 
 
 async def _act(images: Images, given: Given, actions: list[tuple[str, str]], granularity: int | None) -> None:
-    from nbdclient.image.__main__ import in_words
+    from drivers.errors import in_words
     from nbdclient.image.session import WRITING
 
     filename, name = given.operands

@@ -56,7 +56,8 @@ def run(arguments: Sequence[str]) -> int:
 
 async def _check(images: Images, given: Given, filename: str, repair: str, *, as_json: bool) -> int:
     from drivers.block.image import CheckReport, Repair
-    from nbdclient.image.__main__ import complain, in_words
+    from drivers.errors import in_words
+    from nbdclient.image.__main__ import complain
     from nbdclient.image.session import READING, RESIZING, cache_flags
 
     flags = cache_flags(given.values.get("source-cache", "writeback"), source=True)

@@ -261,8 +261,8 @@ async def _open_target(
     from dataclasses import replace
 
     from drivers.block.creating import make_image
+    from drivers.errors import in_words
     from drivers.options.nest import nest
-    from nbdclient.image.__main__ import in_words
     from nbdclient.image.session import WRITING, cache_flags, warn
 
     flags = replace(cache_flags(given.values.get("cache", "unsafe")), discard=bool(wishes.sparse))

@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _create(given: Given, filename: str, image_format: str, size: int | None) -> None:
     from drivers.block.creating import NewImage, complete_backing, make_image
-    from nbdclient.image.__main__ import in_words
+    from drivers.errors import in_words
     from nbdclient.image.session import Images, run, warn
 
     async def create(images: Images) -> None:

@@ -56,7 +56,8 @@ async def _copy(
     images: Images, given: Given, operands: dict[str, str], block: int, count: int | None, skip: int
 ) -> None:
     from drivers.block.creating import NewImage, make_image
-    from nbdclient.image.__main__ import complain, in_words
+    from drivers.errors import in_words
+    from nbdclient.image.__main__ import complain
     from nbdclient.image.session import WRITING, warn
 
     source = await images.open(

@@ -18,14 +18,14 @@ from drivers.block.node import Node, OpenFlags
 from drivers.block.opening import image_tree, open_options
 from drivers.block.permission import ALL, Permission
 from drivers.catalog import Catalog
-from drivers.errors import Error, OptionError
+from drivers.errors import Error, OptionError, in_words
 from drivers.objects.store import ObjectStore
 from drivers.options.backing import resolve_backing
 from drivers.options.flat import parse_flat
 from drivers.options.image import complete_options, set_file_default
 from drivers.options.nest import nest
 from drivers.options.schema import Tree
-from nbdclient.image.__main__ import complain, in_words
+from nbdclient.image.__main__ import complain
 
 T = TypeVar("T")
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 from drivers.block.image import ImageNode
 from drivers.block.node import Node
-from drivers.errors import Error, OptionError
+from drivers.errors import Error, OptionError, in_words
 from drivers.options.flat import parse_flat
-from nbdclient.image.__main__ import PROGRAM, in_words
+from nbdclient.image.__main__ import PROGRAM
 
 
 def parse_snapshot(text: str) -> tuple[str, Literal["any", "id", "name"]]:

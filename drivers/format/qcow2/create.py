@@ -8,7 +8,6 @@ written last, behind a flush: before it there is no image.
 from __future__ import annotations
 
 import errno
-import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from drivers.format.qcow2.encryption import NewEncryption, take_encryption
 from drivers.format.qcow2.header import EncryptionHeader, Header
 from drivers.format.qcow2.layout import COPIED, MAX_BACKING_NAME, MAX_REFCOUNT_TABLE_BYTES
 from drivers.format.qcow2.new import NewImage, check_size, divide_up, refcount_clusters, take_options
+from drivers.format.qcow2.refcounts import pack_table
 from drivers.options.schema import Options
 
 # Tables are written in pieces of about so many bytes.
@@ -162,7 +162,7 @@ async def _make_room(file: Node, image: NewImage, layout: _Layout) -> None:
 async def _write_tables(file: Node, image: NewImage, header: Header, layout: _Layout) -> None:
     bits = image.cluster_bits
     blocks = range(layout.refcount_blocks << bits, layout.l1 << bits, 1 << bits)
-    await _write_pieces(file, layout.refcount_table << bits, (_big_endian(array("Q", blocks)),))
+    await _write_pieces(file, layout.refcount_table << bits, (pack_table(array("Q", blocks)),))
     counted = refcount_blocks(layout.clusters, image.refcount_order, image.cluster_size)
     await _write_pieces(file, layout.refcount_blocks << bits, counted)
     if image.preallocation is Preallocation.OFF or not image.l2_tables:
@@ -171,7 +171,7 @@ async def _write_tables(file: Node, image: NewImage, header: Header, layout: _La
     tables = l2_tables(header, data, divide_up(image.size, image.cluster_size))
     await _write_pieces(file, layout.l2 << bits, tables)
     l2_offsets = range(layout.l2 << bits | COPIED, layout.data << bits | COPIED, 1 << bits)
-    await _write_pieces(file, layout.l1 << bits, (_big_endian(array("Q", l2_offsets)),))
+    await _write_pieces(file, layout.l1 << bits, (pack_table(array("Q", l2_offsets)),))
 
 
 async def _write_pieces(file: Node, offset: int, pieces: Iterable[bytes]) -> None:
@@ -198,7 +198,7 @@ def l2_tables(header: Header, data_offset: int, clusters: int) -> Iterator[bytes
         start = data_offset + (first << bits) | COPIED
         table = array("Q", bytes(header.cluster_size))
         table[: count * step : step] = array("Q", range(start, start + (count << bits), 1 << bits))
-        yield _big_endian(table)
+        yield pack_table(table)
 
 
 def refcount_blocks(clusters: int, refcount_order: int, cluster_size: int) -> Iterator[bytes]:
@@ -218,9 +218,3 @@ def refcount_blocks(clusters: int, refcount_order: int, cluster_size: int) -> It
         else:
             block = (1).to_bytes(bits // 8, "big") * count
         yield block + bytes(cluster_size - len(block))
-
-
-def _big_endian(table: array[int]) -> bytes:
-    if sys.byteorder == "little":
-        table.byteswap()
-    return table.tobytes()

@@ -6,7 +6,7 @@ import errno
 import mmap
 import os
 
-from drivers.protocol.file.transfer import read_full, write_full
+from drivers.block.transfer import read_full, write_full
 
 _BOUNCE_SIZE = 1 << 20
 # Where a filesystem does not tell its alignment.
