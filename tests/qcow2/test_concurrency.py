@@ -52,7 +52,7 @@ async def _write(node: Node, offset: int, data: bytes, *, inline: bool) -> None:
     if spans is not None and len(spans) == 1:
         assert os.pwrite(spans[0][0], data, spans[0][1]) == len(data)
         await trio.lowlevel.checkpoint()
-    else:
+    elif not (inline and node.write_now(offset, memoryview(data))):
         await node.write(offset, data)
 
 

@@ -16,7 +16,6 @@ from drivers.errors import RequestError
 from drivers.format.qcow2.header import Header, Incompatible
 
 _SECTOR = 512
-_ONCE = "further corruption events will be suppressed"
 
 # The kinds of metadata, by the names of the overlap checks, and what messages call them.
 OWNERS = {

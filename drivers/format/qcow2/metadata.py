@@ -21,7 +21,7 @@ import trio
 
 from drivers.block.requests import RequestTracker
 from drivers.format.qcow2.counts import pack_counts
-from drivers.format.qcow2.header import Compatible, Incompatible
+from drivers.format.qcow2.header import Incompatible
 from drivers.format.qcow2.imagefile import ImageFile
 from drivers.format.qcow2.mapping import Mapping
 from drivers.format.qcow2.refcounts import Block, Refcounts, neighbours
@@ -203,6 +203,3 @@ class Metadata:
             await self.file.flush()
             self._dirty_marked = False
         self.lazy = was_lazy
-
-    def wants_lazy(self) -> bool:
-        return bool(self.file.header.compatible & Compatible.LAZY_REFCOUNTS)
